@@ -1,0 +1,238 @@
+"""The width space of a model: its channel groups, what is frozen and why, and the cost of any subnet.
+
+Legend: N width settings, G channel groups.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import numpy as np
+
+from psenet.cost import PeakCost, ProductCost
+from psenet.errors import InputError
+from psenet.tracing.layout import Layout
+from psenet.widths import Widths
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels of several layers that must keep the same width."""
+
+    name: str
+    """Module path of the first layer that makes these channels."""
+    size: int
+    """Channels at full width, counted in the first layer."""
+    choices: tuple[int, ...]
+    """Allowed widths, ascending; the last is `size`."""
+    layers: tuple[str, ...]
+    """Module paths of the layers whose weights follow the width."""
+    unit: int = 1
+    """Channels that only live and die together (a conv-group of a grouped convolution); divides every choice."""
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A layer whose width cannot vary."""
+
+    layer: str
+    """Module path of the layer."""
+    reason: str
+    """Why, with the op that decided it."""
+    macs_share: float
+    """The layer's share of the full model's MACs, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class MaskPlan:
+    """What the parallel pass must do at a module so that dropped channels are zero where they are read.
+
+    A module with `norm` folds the 0/1 mask of its channels into its weight and bias and keeps statistics per subnet;
+    a module with `masked_input` reads its input across channels and gets it multiplied by the mask first.
+    """
+
+    module: str
+    layout: Layout
+    axis: int
+    kind: str
+    """`"norm"` or `"masked_input"`."""
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """How the model's tensors follow the widths: what slicing and the parallel pass need, and nobody else.
+
+    Attributes:
+        layouts: For every parameter and buffer with an elastic axis, the layout of each of its axes.
+        masks: The modules the parallel pass must prepare.
+        input_shapes: Shape of each example input, batch included.
+        batch_size: Samples in the example input.
+    """
+
+    layouts: Mapping[str, tuple[Layout, ...]]
+    masks: tuple[MaskPlan, ...] = ()
+    input_shapes: tuple[tuple[int, ...], ...] = ()
+    batch_size: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpaceCosts:
+    """The cost formulas of a space, over units per group."""
+
+    macs: ProductCost
+    params: ProductCost
+    memory: PeakCost
+
+
+class WidthSpace:
+    """All width settings of one model.
+
+    Args:
+        groups: The channel groups, in the order data meets them.
+        costs: The cost formulas.
+        frozen: The layers that cannot vary.
+        wiring: How tensors follow the widths; made by `psenet.trace`.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[ChannelGroup],
+        costs: SpaceCosts,
+        *,
+        frozen: Sequence[Frozen] = (),
+        wiring: Wiring | None = None,
+    ) -> None:
+        self.groups = tuple(groups)
+        self.frozen = tuple(frozen)
+        self.costs = costs
+        self.wiring = wiring or Wiring(layouts={})
+        self._index = {group.name: number for number, group in enumerate(self.groups)}
+        self._choices = tuple(frozenset(group.choices) for group in self.groups)
+        self._unit_G = np.array([group.unit for group in self.groups], dtype=np.int64)
+
+    def __repr__(self) -> str:
+        return f"WidthSpace({len(self.groups)} groups, {self.num_settings():.3g} settings, {len(self.frozen)} frozen)"
+
+    def num_settings(self) -> float:
+        """Return how many width settings there are (a float: often beyond 1e30)."""
+        return float(np.prod([float(len(group.choices)) for group in self.groups]))
+
+    def digest(self) -> str:
+        """Return a short fingerprint of groups and choices, to recognise data of another space."""
+        text = repr([(group.name, group.size, group.choices) for group in self.groups])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    # Settings -----------------------------------------------------------------------------------------------------
+
+    def full(self) -> Widths:
+        """Return the widths of the original model."""
+        return Widths({group.name: group.size for group in self.groups})
+
+    def smallest(self) -> Widths:
+        """Return every group at its smallest choice."""
+        return Widths({group.name: group.choices[0] for group in self.groups})
+
+    def uniform(self, keep_ratio: float) -> Widths:
+        """Return every group at the choice nearest to `keep_ratio` (0 to 1) of its size, the wider one of two."""
+        if not 0 < keep_ratio <= 1:
+            raise InputError(f"keep_ratio must be above 0 and at most 1; got {keep_ratio}")
+        return Widths(
+            {
+                group.name: min(group.choices, key=lambda width: (abs(width - keep_ratio * size), -width))
+                for group in self.groups
+                for size in (group.size,)
+            }
+        )
+
+    def sample(self, rng: np.random.Generator, ceiling: Widths | None = None) -> Widths:
+        """Draw every group's width uniformly from its choices, none wider than `ceiling` allows."""
+        top = self.full() if ceiling is None else ceiling
+        return Widths(
+            {
+                group.name: allowed[int(rng.integers(len(allowed)))]
+                for group in self.groups
+                for allowed in ([width for width in group.choices if width <= top[group.name]],)
+            }
+        )
+
+    def check(self, widths: Widths) -> None:
+        """Make sure that the widths belong to this space.
+
+        Raises:
+            TypeError: Not `Widths`.
+            InputError: Groups are missing or unknown, or a width is not among the choices; all offenders are named.
+        """
+        if not isinstance(widths, Widths):
+            raise TypeError(f"expected psenet.Widths; got {type(widths).__name__}")
+        problems = [f"no width for group {name!r}" for name in self._index if name not in widths]
+        problems += [f"unknown group {name!r}" for name in widths if name not in self._index]
+        problems += [
+            f"{widths[group.name]} is not a choice of group {group.name!r} (choices: {group.choices})"
+            for group, allowed in zip(self.groups, self._choices, strict=True)
+            if group.name in widths and widths[group.name] not in allowed
+        ]
+        if problems:
+            raise InputError("these widths are not of this space: " + "; ".join(problems[:10]))
+
+    def to_array(self, widths: Sequence[Widths]) -> np.ndarray:
+        """Return settings as an int64 array of shape (N, G), groups in the order of `groups`."""
+        names = list(self._index)
+        rows = [[setting[name] for name in names] for setting in widths]
+        return np.array(rows, dtype=np.int64).reshape(len(rows), len(names))
+
+    def from_array(self, widths_NG: np.ndarray) -> list[Widths]:
+        """Return the rows of an (N, G) array as `Widths`."""
+        names = list(self._index)
+        return [Widths(dict(zip(names, row, strict=True))) for row in np.asarray(widths_NG).tolist()]
+
+    def units(self, widths: Widths) -> tuple[int, ...]:
+        """Return how many units each group keeps, after checking that the widths are of this space."""
+        self.check(widths)
+        return tuple(widths[group.name] // group.unit for group in self.groups)
+
+    # Costs --------------------------------------------------------------------------------------------------------
+
+    @overload
+    def macs(self, widths: Widths) -> int: ...
+    @overload
+    def macs(self, widths: Sequence[Widths] | np.ndarray) -> np.ndarray: ...
+    def macs(self, widths: Widths | Sequence[Widths] | np.ndarray) -> int | np.ndarray:
+        """Return multiply-accumulates of one forward pass of one sample: convolutions and linear layers.
+
+        Args:
+            widths: One setting, several, or an int array of shape (N, G).
+
+        Returns:
+            An int for one setting, else int64 of shape (N,).
+        """
+        return self._cost(self.costs.macs, widths)
+
+    @overload
+    def params(self, widths: Widths) -> int: ...
+    @overload
+    def params(self, widths: Sequence[Widths] | np.ndarray) -> np.ndarray: ...
+    def params(self, widths: Widths | Sequence[Widths] | np.ndarray) -> int | np.ndarray:
+        """Return the number of parameters, buffers not counted. Takes and returns what `macs` does."""
+        return self._cost(self.costs.params, widths)
+
+    @overload
+    def memory(self, widths: Widths) -> int: ...
+    @overload
+    def memory(self, widths: Sequence[Widths] | np.ndarray) -> np.ndarray: ...
+    def memory(self, widths: Widths | Sequence[Widths] | np.ndarray) -> int | np.ndarray:
+        """Return the peak of activation memory in bytes for inference of one sample.
+
+        The peak is over all ops: an op's inputs and outputs and every tensor that is still needed later, each tensor
+        freed after its last use, views and in-place results sharing memory. Weights are not in it (see `params`).
+        Takes and returns what `macs` does.
+        """
+        return self._cost(self.costs.memory, widths)
+
+    def _cost(
+        self, formula: ProductCost | PeakCost, widths: Widths | Sequence[Widths] | np.ndarray
+    ) -> int | np.ndarray:
+        if isinstance(widths, Widths):
+            return int(formula(np.array([self.units(widths)], dtype=np.float64))[0])
+        widths_NG = widths if isinstance(widths, np.ndarray) else self.to_array(widths)
+        return formula((widths_NG // self._unit_G).astype(np.float64))

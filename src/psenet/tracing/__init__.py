@@ -1,0 +1,1 @@
+"""Reading a model: which channels live and die together."""
