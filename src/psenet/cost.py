@@ -68,9 +68,7 @@ class PeakCost:
     def __init__(self, moments: Sequence[LinearForm], num_groups: int) -> None:
         # A moment below another in every coefficient can never be the peak.
         rows_TG1 = np.unique(_stack(moments, num_groups), axis=0)
-        dominated_T = [
-            bool(((rows_TG1 >= row).all(axis=1) & (rows_TG1 > row).any(axis=1)).any()) for row in rows_TG1
-        ]
+        dominated_T = [bool(((rows_TG1 >= row).all(axis=1) & (rows_TG1 > row).any(axis=1)).any()) for row in rows_TG1]
         self._rows_TG1 = rows_TG1[~np.array(dominated_T, dtype=bool)]
 
     def __call__(self, units_NG: np.ndarray) -> np.ndarray:

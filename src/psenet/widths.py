@@ -70,9 +70,7 @@ class Widths(Mapping[str, int]):
         except json.JSONDecodeError as error:
             raise InputError(f"widths must be a JSON object of group name to width: {error}") from None
         if not isinstance(widths, dict):
-            raise InputError(
-                f"widths must be a JSON object of group name to width; got {type(widths).__name__}"
-            )
+            raise InputError(f"widths must be a JSON object of group name to width; got {type(widths).__name__}")
         return cls(widths)
 
 

@@ -72,9 +72,7 @@ def unit_index(layout: Layout, units: Sequence[int]) -> tuple[np.ndarray, np.nda
     for run in layout:
         kept = run.kept(units)
         groups.append(np.full(kept, -1 if run.group is None else run.group, np.int64))
-        numbers.append(
-            np.arange(kept, dtype=np.int64) // run.repeat if run.group is not None else groups[-1] * 0
-        )
+        numbers.append(np.arange(kept, dtype=np.int64) // run.repeat if run.group is not None else groups[-1] * 0)
     return np.concatenate(groups), np.concatenate(numbers)
 
 
