@@ -1,0 +1,34 @@
+# make quickstart   from a fresh clone to a pruned model on scikit-learn's digits
+# make test         the test suite
+# make check        lint, format and types
+# Settings, given after the target: PYTHON=python3.12 (creates the environment), VENV=folder (where it lives).
+
+PYTHON ?= python3
+VENV := .venv
+RUN := runs/quickstart
+SOURCES := src tests benchmarks
+QUICKSTART_ARGS := --data digits --model psenet.models:digits_resnet --macs 50%
+
+.PHONY: quickstart test check clean
+.DELETE_ON_ERROR:
+
+# --resume: a first call starts, a second one continues what was interrupted or shows the finished run.
+quickstart: $(VENV)/.ready
+	$(VENV)/bin/psenet prune $(QUICKSTART_ARGS) --out $(RUN) --resume
+
+test: $(VENV)/.ready
+	$(VENV)/bin/python -m pytest
+
+check: $(VENV)/.ready
+	$(VENV)/bin/ruff check $(SOURCES)
+	$(VENV)/bin/ruff format --check $(SOURCES)
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python $(SOURCES)
+
+clean:
+	rm -rf $(VENV) $(RUN) build dist .pytest_cache .ruff_cache .hypothesis
+
+# Made once, and again only when the dependencies change.
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -e ".[dev]"
+	touch $@

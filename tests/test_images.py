@@ -1,0 +1,185 @@
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from psenet import images
+from psenet.data import load_data
+from psenet.errors import InputError
+from psenet.images import Look, make_transform
+
+UNIT = Look(mean=(0.0,), std=(1.0,))
+
+
+def counted(height: int, width: int) -> torch.Tensor:
+    """Return an image of one channel whose pixels are 1, 2, 3 ..., so that each can be told from each and from 0."""
+    return torch.arange(1, height * width + 1, dtype=torch.uint8).view(1, height, width)
+
+
+def shifted(image_CHW: torch.Tensor, down: int, right: int) -> torch.Tensor:
+    """Return a small image shifted over black, by indexing pixel for pixel."""
+    out_CHW = torch.zeros_like(image_CHW)
+    size = image_CHW.shape[1]
+    for row in range(size):
+        for column in range(size):
+            if 0 <= row - down < size and 0 <= column - right < size:
+                out_CHW[:, row, column] = image_CHW[:, row - down, column - right]
+    return out_CHW
+
+
+def test_small_images_are_shifted_over_black_and_mirrored_in_every_way():
+    image_CHW = counted(8, 8)
+    expected = {}
+    for down in range(-1, 2):
+        for right in range(-1, 2):
+            once = shifted(image_CHW, down, right)
+            expected[tuple(once.flatten().tolist())] = 0
+            expected[tuple(once.flip(2).flatten().tolist())] = 0
+    transform = make_transform(8, Look(mean=(0.0,), std=(1.0,), pad=1), augment=True)
+    torch.manual_seed(0)
+    for _ in range(1800):
+        expected[tuple(transform(image_CHW).int().flatten().tolist())] += 1
+    # 18 equally likely views, 100 times each on average; 10 is the standard deviation.
+    assert len(expected) == 18
+    assert min(expected.values()) > 50 and max(expected.values()) < 150
+
+
+def test_digits_are_never_mirrored():
+    image_CHW = counted(8, 8)
+    transform = make_transform(8, Look(mean=(0.0,), std=(1.0,), pad=1, flip=False), augment=True)
+    seen = {tuple(transform(image_CHW).int().flatten().tolist()) for _ in range(300)}
+    views = {tuple(shifted(image_CHW, down, right).flatten().tolist()) for down in (-1, 0, 1) for right in (-1, 0, 1)}
+    assert seen == views
+
+
+@pytest.mark.parametrize("size", [32, 96])
+def test_augmentation_is_reproducible_from_the_global_seed(size):
+    image_CHW = torch.randint(0, 256, (3, size, size), dtype=torch.uint8)
+    transform = make_transform(size, Look(mean=(1.0, 2.0, 3.0), std=(4.0, 5.0, 6.0)), augment=True)
+    torch.manual_seed(5)
+    first = [transform(image_CHW) for _ in range(6)]
+    torch.manual_seed(5)
+    second = [transform(image_CHW) for _ in range(6)]
+    assert torch.equal(torch.stack(first), torch.stack(second))
+    assert not all(torch.equal(first[0], other) for other in first[1:])
+    assert first[0].shape == (3, size, size)
+
+
+def test_a_transform_leaves_the_stored_image_alone():
+    image_CHW = counted(8, 8)
+    for augment in (False, True):
+        make_transform(8, Look(mean=(3.0,), std=(2.0,)), augment=augment)(image_CHW)
+    assert torch.equal(image_CHW, counted(8, 8))
+
+
+def test_pixels_are_normalised():
+    transform = make_transform(8, Look(mean=(10.0,), std=(4.0,)), augment=False)
+    assert torch.equal(transform(counted(8, 8)), (counted(8, 8).float() - 10) / 4)
+
+
+def test_without_augmentation_a_large_image_gives_its_central_part():
+    stored = round(96 / 0.875)
+    image_CHW = torch.randint(0, 256, (1, stored, stored), dtype=torch.uint8)
+    seen = make_transform(96, UNIT, augment=False)(image_CHW)
+    assert torch.equal(seen, image_CHW[:, 7:103, 7:103].float())
+
+
+def test_oblong_images_give_their_central_square():
+    seen = make_transform(8, UNIT, augment=False)(counted(8, 16))
+    assert torch.equal(seen, counted(8, 16)[:, :, 4:12].float())
+
+
+@pytest.mark.parametrize("augment", [False, True])
+@pytest.mark.parametrize("size", [32, 96])
+def test_transforms_travel_to_worker_processes(size, augment):
+    image_CHW = torch.randint(0, 256, (1, size, size), dtype=torch.uint8)
+    transform = make_transform(size, UNIT, augment=augment)
+    torch.manual_seed(0)
+    expected = transform(image_CHW)
+    torch.manual_seed(0)
+    assert torch.equal(pickle.loads(pickle.dumps(transform))(image_CHW), expected)
+
+
+@pytest.mark.parametrize(("side", "expected"), [(20, 20), (64, 64), (65, 224)])
+def test_the_working_size_is_the_images_own_where_they_are_small(image_tree, side, expected):
+    assert load_data(str(image_tree({"cat": 8, "dog": 8}, side=side))).input_shape == (3, expected, expected)
+
+
+def test_the_working_size_can_be_given(image_tree):
+    data = load_data(str(image_tree({"cat": 8, "dog": 8}, side=20)), image_size=12)
+    assert data.input_shape == (3, 12, 12)
+    assert data.train[0][0].shape == data.test[0][0].shape == (3, 12, 12)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
+def test_images_of_every_mode_become_rgb(image_tree, mode):
+    root = image_tree({"cat": 8, "dog": 8})
+    for path in root.rglob("*.png"):
+        Image.open(path).convert(mode).save(path.with_suffix(".tiff"))
+        path.unlink()
+    assert load_data(str(root)).test[0][0].shape == (3, 16, 16)
+
+
+def break_three(root: Path) -> None:
+    (root / "cat" / "1.png").write_text("no image")
+    whole = (root / "dog" / "2.png").read_bytes()
+    (root / "dog" / "2.png").write_bytes(whole[: len(whole) // 2])
+    (root / "dog" / "3.png").write_bytes(b"")
+
+
+@pytest.mark.parametrize("side", [16, 80])
+def test_unreadable_images_are_named_together(image_tree, side):
+    root = image_tree({"cat": 8, "dog": 8}, side=side)
+    break_three(root)
+    with pytest.raises(InputError, match="every image must be readable; 3 are not: ") as caught:
+        load_data(str(root))
+    assert set(re.findall(r"\w+/\d\.png", str(caught.value))) == {"cat/1.png", "dog/2.png", "dog/3.png"}
+
+
+def test_at_most_ten_unreadable_images_are_listed(image_tree):
+    root = image_tree({"cat": 8, "dog": 8})
+    for path in root.rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(InputError, match="16 are not: .* and 6 more") as caught:
+        load_data(str(root))
+    assert len(re.findall(r"\d\.png", str(caught.value))) == 10
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_unreadable_images_are_left_out_and_counted_if_asked(image_tree, monkeypatch, in_memory):
+    if not in_memory:
+        monkeypatch.setattr(images, "_MAX_BYTES_IN_MEMORY", 0)
+    root = image_tree({"cat": 8, "dog": 8})
+    break_three(root)
+    with pytest.warns(UserWarning, match=r"left out 3 unreadable images: .*\.png"):
+        data = load_data(str(root), skip_unreadable=True)
+    splits = (data.train, data.calibration, data.validation, data.test)
+    items = [split[index] for split in splits for index in range(len(split))]  # pyright: ignore[reportArgumentType]
+    assert sorted(label for _, label in items) == [0] * 7 + [1] * 6
+
+
+def test_a_class_that_loses_all_training_images_is_named(image_tree):
+    root = image_tree({"cat": 8, "dog": 8})
+    for path in (root / "dog").iterdir():
+        path.write_bytes(b"")
+    with (
+        pytest.warns(UserWarning, match="left out 8 unreadable images"),
+        pytest.raises(InputError, match="no readable training image is left of the classes: dog"),
+    ):
+        load_data(str(root), skip_unreadable=True)
+
+
+def test_large_sets_are_read_when_asked_for_and_name_a_bad_image_then(image_tree, monkeypatch):
+    root = str(image_tree({"cat": 8, "dog": 8}, side=80))
+    stored = load_data(root)
+    monkeypatch.setattr(images, "_MAX_BYTES_IN_MEMORY", 0)
+    lazy = load_data(root)
+    for index in range(len(stored.test)):  # pyright: ignore[reportArgumentType]
+        assert torch.equal(stored.test[index][0], lazy.test[index][0])
+    for file in Path(root).rglob("*.png"):
+        file.write_bytes(b"")
+    with pytest.raises(InputError, match=r"one is not: .*\.png \(not an image\)"):
+        lazy.train[0]
