@@ -66,14 +66,10 @@ class Wiring:
     Attributes:
         layouts: For every parameter and buffer with an elastic axis, the layout of each of its axes.
         masks: The modules the parallel pass must prepare.
-        input_shapes: Shape of each example input, batch included.
-        batch_size: Samples in the example input.
     """
 
     layouts: Mapping[str, tuple[Layout, ...]]
     masks: tuple[MaskPlan, ...] = ()
-    input_shapes: tuple[tuple[int, ...], ...] = ()
-    batch_size: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

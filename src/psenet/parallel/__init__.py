@@ -1,0 +1,1 @@
+"""Running several subnets in one pass."""

@@ -1,0 +1,146 @@
+"""One forward pass for n subnets: a narrow module at their ceiling, with per-subnet norms and masks.
+
+Sample j belongs to subnet j mod n, so a batch (B, C, ...) seen as (B / n, n * C, ...) has the subnets side by side on
+the channel axis, without a copy. Two hooks on our own copy of the module do the rest:
+
+- A batch norm runs on that view with n * C features: one native call, statistics per subnet. Its scale and shift are
+  those of the layer, repeated n times and multiplied by the 0/1 masks, so dropped channels leave it as exact zeros.
+- A layer that reads across channels which are not zero by then (see `psenet.tracing`) gets its input masked.
+
+Legend: n subnets, B batch, C channels at the ceiling.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from psenet.parallel.masks import MaskTable
+from psenet.slicing import State, narrow_module, slice_state, sliced_shapes, state_of
+from psenet.space import MaskPlan, WidthSpace
+from psenet.widths import Widths
+
+_MASK = "psenet_mask"
+
+
+class ParallelSkeleton:
+    """The model's module tree at one ceiling, prepared for n subnets at a time. Holds no weights.
+
+    Args:
+        model: The full-width module.
+        space: Its width space.
+        ceiling: The widths at which the pass is computed.
+        num_subnets: n.
+    """
+
+    def __init__(self, model: nn.Module, space: WidthSpace, ceiling: Widths, *, num_subnets: int) -> None:
+        self.ceiling = ceiling
+        self.num_subnets = num_subnets
+        self._space = space
+        self._plans = _plans(model, space)
+        self._table = MaskTable(space, [plan.layout for plan in self._plans], ceiling)
+        shapes = sliced_shapes(state_of(model), space, ceiling)
+        for plan in self._plans:
+            if plan.kind == "norm":
+                for name in _norm_tensors(plan.module):
+                    if name in shapes:
+                        shapes[name] = (shapes[name][0] * num_subnets,)
+        self.module = narrow_module(model, shapes, device="meta")
+        for plan in self._plans:
+            _prepare(self.module.get_submodule(plan.module), plan, num_subnets)
+
+    def __call__(self, state: Mapping[str, torch.Tensor], x: torch.Tensor, widths: Sequence[Widths]) -> torch.Tensor:
+        """Run the pass.
+
+        Args:
+            state: The full-width parameters and buffers.
+            x: Input of shape (B, ...), B a multiple of n; sample j goes through `widths[j % n]`.
+            widths: n subnets below the ceiling.
+
+        Returns:
+            The model's output, samples in the order of `x`.
+        """
+        masks = self._table.masks(widths, x.device)
+        tensors = slice_state(state, self._space, self.ceiling)
+        for plan, mask_nC in zip(self._plans, masks, strict=True):
+            if plan.kind == "norm":
+                self._fold(tensors, plan.module, mask_nC)
+            else:
+                tensors[f"{plan.module}.{_MASK}"] = mask_nC
+        return functional_call(self.module, tensors, (x,))
+
+    def _fold(self, tensors: State, path: str, mask_nC: torch.Tensor) -> None:
+        """Repeat a norm's tensors for the n subnets and fold the mask into scale and shift."""
+        n = self.num_subnets
+        weight, bias, mean, variance = _norm_tensors(path)
+        for name in (weight, bias):
+            if name in tensors:
+                tensors[name] = (tensors[name] * mask_nC).reshape(-1)
+        if weight not in tensors:  # a norm without scale and shift still has to drop channels
+            tensors[f"{path}.{_MASK}"] = mask_nC
+        for name in (mean, variance):
+            if name in tensors:
+                tensors[name] = tensors[name].detach().repeat(n)
+        tensors.pop(f"{path}.num_batches_tracked", None)
+
+
+def _plans(model: nn.Module, space: WidthSpace) -> list[MaskPlan]:
+    return [plan for plan in space.wiring.masks if plan.kind == "masked_input" or _is_batch_norm(model, plan.module)]
+
+
+def _is_batch_norm(model: nn.Module, path: str) -> bool:
+    return isinstance(model.get_submodule(path), nn.modules.batchnorm._BatchNorm)
+
+
+def _norm_tensors(path: str) -> tuple[str, str, str, str]:
+    return f"{path}.weight", f"{path}.bias", f"{path}.running_mean", f"{path}.running_var"
+
+
+def _prepare(layer: nn.Module, plan: MaskPlan, num_subnets: int) -> None:
+    """Put the hooks on a layer of our own copy."""
+    if plan.kind == "masked_input":
+        layer.register_buffer(_MASK, torch.empty(0, dtype=torch.bool, device="meta"), persistent=False)
+        layer.register_forward_pre_hook(_mask_input(plan.axis, num_subnets))
+        return
+    if "num_batches_tracked" in layer._buffers:
+        layer._buffers["num_batches_tracked"] = None
+    if layer.weight is None:
+        layer.register_buffer(_MASK, torch.empty(0, dtype=torch.bool, device="meta"), persistent=False)
+        layer.register_forward_hook(_mask_output(num_subnets))
+    layer.register_forward_pre_hook(_subnets_to_channels(num_subnets))
+    layer.register_forward_hook(_channels_to_subnets(num_subnets))
+
+
+def _subnets_to_channels(n: int) -> Callable:
+    def hook(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        (x,) = args
+        return (x.reshape(x.shape[0] // n, n * x.shape[1], *x.shape[2:]),)
+
+    return hook
+
+
+def _channels_to_subnets(n: int) -> Callable:
+    def hook(layer: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor:
+        return out.reshape(out.shape[0] * n, out.shape[1] // n, *out.shape[2:])
+
+    return hook
+
+
+def _mask_output(n: int) -> Callable:
+    def hook(layer: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor:
+        mask_nC = layer.get_buffer(_MASK)
+        return out * mask_nC.reshape(1, -1, *[1] * (out.ndim - 2)).to(out.dtype)
+
+    return hook
+
+
+def _mask_input(axis: int, n: int) -> Callable:
+    def hook(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        x, mask_nC = args[0], layer.get_buffer(_MASK)
+        shape = [1] * (x.ndim + 1)
+        shape[1], shape[axis % x.ndim + 1] = n, mask_nC.shape[1]
+        by_subnet = x.reshape(x.shape[0] // n, n, *x.shape[1:]) * mask_nC.reshape(shape).to(x.dtype)
+        return (by_subnet.reshape(x.shape), *args[1:])
+
+    return hook

@@ -1,0 +1,145 @@
+"""The one meaning of "narrower": slices of the full weights, and the same module tree with narrower shapes.
+
+Extraction copies the slices into a narrow module; evaluation runs a narrow module on views; a training step runs one on
+differentiable views. Nothing else in psenet narrows anything.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+from psenet.space import WidthSpace
+from psenet.tracing.layout import segments
+from psenet.widths import Widths
+
+State = dict[str, torch.Tensor]
+Shapes = Mapping[str, tuple[int, ...]]
+Resizer = Callable[[nn.Module, Shapes], None]
+
+_RESIZERS: dict[type[nn.Module], Resizer] = {}
+
+
+def resizer(*layer_types: type[nn.Module]) -> Callable[[Resizer], Resizer]:
+    """Register how the attributes of a layer type follow the new shapes of its own parameters.
+
+    The function gets the layer (its tensors already narrow, its attributes still those of the full layer) and the new
+    shapes by local name (`"weight"`). It runs for subclasses too, base classes first.
+
+    Raises:
+        ValueError: The layer type has a resizer already.
+    """
+
+    def register(function: Resizer) -> Resizer:
+        for layer_type in layer_types:
+            if layer_type in _RESIZERS:
+                raise ValueError(f"{layer_type.__name__} has a resizer already")
+            _RESIZERS[layer_type] = function
+        return function
+
+    return register
+
+
+@resizer(nn.modules.conv._ConvNd)
+def _resize_convolution(layer: nn.Module, shapes: Shapes) -> None:
+    assert isinstance(layer, nn.modules.conv._ConvNd)
+    out_channels, in_per_group = shapes["weight"][:2]
+    layer.groups = layer.groups * out_channels // layer.out_channels if layer.groups > 1 else 1
+    layer.out_channels, layer.in_channels = out_channels, in_per_group * layer.groups
+
+
+@resizer(nn.Linear)
+def _resize_linear(layer: nn.Module, shapes: Shapes) -> None:
+    assert isinstance(layer, nn.Linear)
+    layer.out_features, layer.in_features = shapes["weight"]
+
+
+@resizer(nn.modules.batchnorm._NormBase)
+def _resize_norm(layer: nn.Module, shapes: Shapes) -> None:
+    assert isinstance(layer, nn.modules.batchnorm._NormBase)
+    for name in ("weight", "running_mean"):
+        if name in shapes:
+            layer.num_features = shapes[name][0]
+
+
+def state_of(model: nn.Module) -> State:
+    """Return every parameter and buffer of a module by name, tied ones under each name, themselves and not copies."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+def slice_state(state: Mapping[str, torch.Tensor], space: WidthSpace, widths: Widths) -> State:
+    """Take from every tensor what a subnet keeps.
+
+    Args:
+        state: Full-width tensors by name (see `state_of`).
+        space: The width space of the model.
+        widths: The subnet.
+
+    Returns:
+        The same names with narrower tensors: views wherever the kept channels stand in one piece, else concatenations
+        of views; differentiable either way.
+    """
+    units = space.units(widths)
+    narrow = dict(state)
+    for name, layouts in space.wiring.layouts.items():
+        tensor = state[name]
+        for axis, layout in enumerate(layouts):
+            pieces = segments(layout, units)
+            if pieces != [(0, tensor.shape[axis])]:
+                views = [tensor.narrow(axis, start, length) for start, length in pieces]
+                tensor = views[0] if len(views) == 1 else torch.cat(views, axis)
+        narrow[name] = tensor
+    return narrow
+
+
+def sliced_shapes(state: Mapping[str, torch.Tensor], space: WidthSpace, widths: Widths) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of `slice_state` without slicing."""
+    units = space.units(widths)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    for name, layouts in space.wiring.layouts.items():
+        shapes[name] = tuple(sum(length for _, length in segments(layout, units)) for layout in layouts)
+    return shapes
+
+
+def narrow_module(model: nn.Module, shapes: Shapes, *, device: torch.device | str | None = None) -> nn.Module:
+    """Return the same module tree with narrower tensors, not initialised.
+
+    Args:
+        model: The full-width module; it is not changed.
+        shapes: New shape of each parameter and buffer by name; names left out keep their shape.
+        device: Where the new tensors are; `"meta"` for a skeleton without storage, None for where the old ones are.
+
+    Returns:
+        A deep copy whose parameters and buffers have the new shapes and whose layers say so (`out_channels`, `groups`,
+        `num_features` ...). Tied parameters stay tied.
+    """
+    memo: dict[int, object] = {}
+    for name, tensor in state_of(model).items():
+        # deepcopy takes what stands in the memo instead of copying the weights.
+        shape = shapes.get(name, tuple(tensor.shape))
+        empty = torch.empty(shape, dtype=tensor.dtype, device=tensor.device if device is None else device)
+        if isinstance(tensor, nn.Parameter):
+            empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+        memo.setdefault(id(tensor), empty)
+    narrow = copy.deepcopy(model, memo)
+    old_shapes = {name: tuple(tensor.shape) for name, tensor in state_of(model).items()}
+    for path, layer in narrow.named_modules():
+        prefix = f"{path}." if path else ""
+        names = [name for name, _ in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))]
+        local = {name: tuple(shapes.get(prefix + name, old_shapes[prefix + name])) for name in names}
+        if any(local[name] != old_shapes[prefix + name] for name in names):
+            for layer_type in reversed(type(layer).__mro__):
+                if layer_type in _RESIZERS:
+                    _RESIZERS[layer_type](layer, local)
+    return narrow
+
+
+def load_slices(narrow: nn.Module, slices: Mapping[str, torch.Tensor]) -> None:
+    """Copy slices into a narrow module of the same shapes."""
+    with torch.no_grad():
+        for name, tensor in state_of(narrow).items():
+            tensor.copy_(slices[name])

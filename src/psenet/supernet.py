@@ -1,0 +1,138 @@
+"""The supernet: one set of full-width weights that every subnet shares."""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from psenet.errors import InputError
+from psenet.parallel.skeleton import ParallelSkeleton
+from psenet.slicing import load_slices, narrow_module, slice_state, sliced_shapes, state_of
+from psenet.space import WidthSpace
+from psenet.widths import Widths
+
+DEFAULT_STRATA = (1.0, 0.875, 0.75, 0.625, 0.5)
+
+_MAX_SKELETONS = 24
+
+
+class Supernet(nn.Module):
+    """A width-elastic copy of a model.
+
+    Args:
+        model: The user's model; it is copied and not changed.
+        space: Its width space, from `psenet.trace`.
+        strata: Keep ratios of the ceilings at which several subnets are computed together; 1.0 is always among them.
+
+    Example:
+        >>> import psenet, torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 4, 3))
+        >>> x = torch.randn(4, 3, 8, 8)
+        >>> space = psenet.trace(model, x)
+        >>> supernet = psenet.Supernet(model, space)
+        >>> supernet(x, [space.full(), space.smallest()]).shape  # samples 0 and 2 full, 1 and 3 smallest
+        torch.Size([4, 4, 4, 4])
+    """
+
+    def __init__(self, model: nn.Module, space: WidthSpace, *, strata: Sequence[float] = DEFAULT_STRATA) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(model)
+        self.space = space
+        ceilings = {space.uniform(keep_ratio): None for keep_ratio in sorted({*strata, 1.0}, reverse=True)}
+        self.strata: tuple[Widths, ...] = tuple(sorted(ceilings, key=space.macs))
+        self._skeletons: OrderedDict[tuple[Widths, int], ParallelSkeleton] = OrderedDict()
+
+    def forward(self, x: torch.Tensor, widths: Widths | Sequence[Widths]) -> torch.Tensor:
+        """Run one subnet on the whole batch, or several on interleaved parts of it.
+
+        Several are computed in one pass at the lowest stratum that holds them all. Outputs and gradients are those of
+        the subnets run one by one: batch statistics are per subnet. Running statistics are read (in eval mode) but
+        never written; `psenet.evaluate.recalibrate` gives a subnet its own.
+
+        Args:
+            x: Input, shape (B, ...).
+            widths: One subnet, or n of them: sample j goes through `widths[j % n]`.
+
+        Returns:
+            The model's output, samples in the order of `x`.
+
+        Raises:
+            InputError: Widths are not of this space, there are none, or more than samples.
+        """
+        subnets = [widths] if isinstance(widths, Widths) else list(widths)
+        n, batch_size = len(subnets), x.shape[0]
+        if not 1 <= n <= batch_size:
+            raise InputError(f"a batch of {batch_size} samples takes 1 to {batch_size} subnets; got {n}")
+        if n == 1:
+            return self._pass(x, subnets, subnets[0])
+        if batch_size % n:
+            return self._one_by_one(x, subnets)
+        return self._pass(x, subnets, self.ceiling(subnets))
+
+    def ceiling(self, widths: Sequence[Widths]) -> Widths:
+        """Return the lowest stratum that holds all of these subnets."""
+        tops = self.space.to_array(widths).max(axis=0)
+        for stratum, row in zip(self.strata, self.space.to_array(self.strata), strict=True):
+            if (row >= tops).all():
+                return stratum
+        raise InputError("these widths are wider than the full model")
+
+    def subnet(self, widths: Widths) -> nn.Module:
+        """Return a plain module that shares the supernet's weights.
+
+        Its parameters are re-sliced from the supernet at every call, so it always shows the current weights and its
+        gradients reach them. Its buffers (batch-norm statistics) are its own copies: using it in train mode or
+        recalibrating it changes nothing else. It cannot be deep-copied or saved as weights; `extract` can.
+        """
+        state = state_of(self.model)
+        module = narrow_module(self.model, sliced_shapes(state, self.space, widths), device="meta")
+        slices = slice_state(state, self.space, widths)
+        owners = {name: _owner(module, name) for name in slices}
+        buffers = dict(self.model.named_buffers(remove_duplicate=False))
+        for name in buffers:
+            layer, local = owners[name]
+            layer._buffers[local] = slices[name].detach().clone()
+
+        def refresh(_module: nn.Module, _args: object) -> None:
+            for name, tensor in slice_state(state_of(self.model), self.space, widths).items():
+                if name not in buffers:
+                    layer, local = owners[name]
+                    layer._parameters[local] = tensor  # pyright: ignore[reportArgumentType]
+
+        refresh(module, ())
+        module.register_forward_pre_hook(refresh)
+        return module.train(self.training)
+
+    def extract(self, widths: Widths) -> nn.Module:
+        """Return a plain module of this subnet that owns a copy of its weights and needs no psenet."""
+        state = state_of(self.model)
+        module = narrow_module(self.model, sliced_shapes(state, self.space, widths))
+        load_slices(module, slice_state(state, self.space, widths))
+        return module.train(self.training)
+
+    def _pass(self, x: torch.Tensor, subnets: list[Widths], ceiling: Widths) -> torch.Tensor:
+        key = (ceiling, len(subnets))
+        skeleton = self._skeletons.get(key)
+        if skeleton is None:
+            skeleton = ParallelSkeleton(self.model, self.space, ceiling, num_subnets=len(subnets))
+            self._skeletons[key] = skeleton
+            if len(self._skeletons) > _MAX_SKELETONS:
+                self._skeletons.popitem(last=False)
+        self._skeletons.move_to_end(key)
+        skeleton.module.train(self.training)
+        return skeleton(state_of(self.model), x, subnets)
+
+    def _one_by_one(self, x: torch.Tensor, subnets: list[Widths]) -> torch.Tensor:
+        """Serve a batch that the number of subnets does not divide: exact, and as slow as n passes."""
+        n = len(subnets)
+        outputs = [self._pass(x[first::n], [setting], setting) for first, setting in enumerate(subnets)]
+        order = torch.cat([torch.arange(first, x.shape[0], n, device=x.device) for first in range(n)])
+        return torch.cat(outputs)[order.argsort()]
+
+
+def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, local = name.rpartition(".")
+    return module.get_submodule(path), local
