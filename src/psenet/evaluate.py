@@ -1,0 +1,229 @@
+"""Score a subnet: give it normalisation statistics of its own, then measure it on validation batches.
+
+The statistics that a supernet's training leaves behind are a mixture over many widths and right for none of them, so
+every candidate is recalibrated first (design of slimmable networks; Yu and Huang, "Universally Slimmable Networks",
+arXiv 1903.05134, section 3.3).
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from psenet.errors import InputError
+from psenet.widths import Widths
+
+ForwardFn = Callable[[nn.Module, Any], Any]
+"""`forward_fn(module, batch)` runs the module on one batch and returns its outputs."""
+ScoreFn = Callable[[nn.Module, list[Any]], float]
+"""`score_fn(module, batches)` returns a score, higher is better; the module comes in eval mode, without gradients."""
+
+
+class HasSubnets(Protocol):
+    """What scoring needs of a supernet."""
+
+    def subnet(self, widths: Widths, /) -> nn.Module:
+        """Return the subnet of these widths, with normalisation statistics of its own."""
+        ...
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Put the module into eval mode, and give every part of it its own training flag back afterwards."""
+    flags = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in flags:
+            part.training = training
+
+
+def recalibrate(module: nn.Module, batches: Iterable[Any], *, forward_fn: ForwardFn | None = None) -> int:
+    """Replace the statistics of all batch norms by their average over `batches`.
+
+    Every batch counts the same (a cumulative average, in place of the exponential one of training). Only the norms
+    run in training mode: dropout and the like stay off, so the result is the same every time. Momentum and training
+    flags are as before afterwards. A module without batch norms that keep statistics is left alone.
+
+    Args:
+        module: Changed in place.
+        batches: Best all of one size, at least two samples each.
+        forward_fn: Runs the module on one batch; by default `module(batch[0])`.
+
+    Returns:
+        The number of batch norms recalibrated, 0 if there is nothing to do.
+
+    Raises:
+        InputError: There are no batches, or a batch is too small to give statistics.
+    """
+    norms = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.running_mean is not None]
+    if not norms:
+        return 0
+    run = forward_fn or _forward_first
+    num_batches = 0
+    with eval_mode(module), _cumulative_statistics(norms), torch.no_grad():
+        for batch in batches:
+            if num_batches == 0:
+                for norm in norms:
+                    norm.reset_running_stats()
+            _run_calibration(run, module, batch, num_batches)
+            num_batches += 1
+    if num_batches == 0:
+        raise InputError("recalibration needs at least one batch; got none: check the calibration data")
+    return len(norms)
+
+
+def accuracy(module: nn.Module, batches: Iterable[Any], *, forward_fn: ForwardFn | None = None) -> float:
+    """Return the top-1 accuracy in percent, 0 to 100, in eval mode.
+
+    Args:
+        module: Returns logits of shape (B, classes), or (B, classes, ...) for dense labels. Its training flags are as
+            before afterwards.
+        batches: Pairs (x, y), y the class numbers, shape (B,) or (B, ...).
+        forward_fn: Runs the module on one batch; by default `module(batch[0])`.
+
+    Returns:
+        The accuracy, or NaN if any logit is NaN or infinite: a broken module is not merely a bad one.
+
+    Raises:
+        TypeError: The outputs or labels are not tensors.
+        InputError: There are no labels, or their shape does not go with the logits.
+    """
+    run = forward_fn or _forward_first
+    num_correct: torch.Tensor | int = 0
+    num_labels = 0
+    all_finite: torch.Tensor | bool = True
+    with eval_mode(module), torch.no_grad():
+        # Counted on the device: the one transfer at the end is the only point that waits for an accelerator.
+        for batch in batches:
+            logits, labels = _checked(run(module, batch), batch)
+            num_correct = num_correct + (logits.argmax(dim=1) == labels).sum()
+            all_finite = torch.isfinite(logits).all() & all_finite
+            num_labels += labels.numel()
+    if num_labels == 0:
+        raise InputError("accuracy needs at least one labelled sample; got none: check the validation data")
+    return 100.0 * float(num_correct) / num_labels if bool(all_finite) else math.nan
+
+
+class SupernetScore:
+    """Estimate how good a subnet is by its score with the supernet's weights.
+
+    Calling it with `Widths` returns the score, higher is better. Nothing of the supernet changes, and the same widths
+    give the same score.
+
+    Args:
+        supernet: Gives out subnets with normalisation statistics of their own.
+        calibration: Batches for the statistics; may come from training data.
+        validation: Batches for the score. Both are read once, here, and kept: a few thousand samples, not more.
+        score_fn: `score_fn(module, batches) -> float`; by default top-1 accuracy in percent, for batches (x, y).
+        forward_fn: `forward_fn(module, batch)`, used for calibration and by the default score; by default
+            `module(batch[0])`.
+        device: Where the batches are kept. Default: where the supernet's parameters are; the batches stay where they
+            came from if it has none.
+
+    Raises:
+        InputError: `calibration` or `validation` is empty.
+    """
+
+    def __init__(
+        self,
+        supernet: HasSubnets,
+        calibration: Iterable[Any],
+        validation: Iterable[Any],
+        *,
+        score_fn: ScoreFn | None = None,
+        forward_fn: ForwardFn | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self._supernet = supernet
+        self._score_fn = score_fn
+        self._forward_fn = forward_fn
+        place = torch.device(device) if device is not None else _device_of(supernet)
+        self._calibration = [_to_device(batch, place) for batch in calibration]
+        self._validation = [_to_device(batch, place) for batch in validation]
+        empty = [
+            name
+            for name, batches in (("calibration", self._calibration), ("validation", self._validation))
+            if not batches
+        ]
+        if empty:
+            raise InputError(
+                f"scoring needs at least one batch each for calibration and validation; {' and '.join(empty)} gave "
+                "none: check the data, or whether drop_last leaves out the only batch"
+            )
+
+    def __call__(self, widths: Widths) -> float:
+        """Return the score of a subnet, NaN if its outputs are not finite (default score)."""
+        module = self._supernet.subnet(widths)
+        recalibrate(module, self._calibration, forward_fn=self._forward_fn)
+        if self._score_fn is None:
+            return accuracy(module, self._validation, forward_fn=self._forward_fn)
+        with eval_mode(module), torch.no_grad():
+            return float(self._score_fn(module, self._validation))
+
+
+@contextmanager
+def _cumulative_statistics(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = None
+        # Not train(): a norm may hold other modules (timm puts dropout and activation inside), which stay off.
+        norm.training = True
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
+def _run_calibration(run: ForwardFn, module: nn.Module, batch: Any, number: int) -> None:
+    try:
+        run(module, batch)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise InputError(
+            f"calibration batch {number} has a single sample, which has no variance: give batches of two samples or "
+            "more (drop_last=True leaves out a short last one)"
+        ) from error
+
+
+def _forward_first(module: nn.Module, batch: Any) -> Any:
+    return module(batch[0])
+
+
+def _checked(logits: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    labels = batch[1]
+    if not isinstance(logits, torch.Tensor) or not isinstance(labels, torch.Tensor):
+        raise TypeError(
+            f"accuracy needs tensors of logits and labels; got {type(logits).__name__} and {type(labels).__name__}: "
+            "give a score_fn for other outputs"
+        )
+    if logits.ndim < 2 or labels.shape != logits.shape[:1] + logits.shape[2:]:
+        raise InputError(
+            "accuracy needs logits (B, classes, ...) and class numbers (B, ...); got shapes "
+            f"{tuple(logits.shape)} and {tuple(labels.shape)}: give a score_fn for other outputs"
+        )
+    return logits, labels
+
+
+def _device_of(supernet: HasSubnets) -> torch.device | None:
+    first = next(supernet.parameters(), None) if isinstance(supernet, nn.Module) else None
+    return None if first is None else first.device
+
+
+def _to_device(batch: Any, device: torch.device | None) -> Any:
+    if isinstance(batch, torch.Tensor):
+        return batch if device is None else batch.to(device)
+    if isinstance(batch, dict):
+        return {key: _to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_to_device(value, device) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(_to_device(value, device) for value in batch)
+    return batch
