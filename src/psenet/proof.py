@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from psenet.parallel.skeleton import ParallelSkeleton
 from psenet.slicing import load_slices, narrow_module, slice_state, sliced_shapes, state_of
@@ -95,7 +96,7 @@ def _outputs(
 
 
 def _enlivened(model: nn.Module) -> nn.Module:
-    """Return a copy in which every channel matters: constant tensors (zero-initialised norms, fresh statistics) vary."""
+    """Return a copy in which every channel matters: constant tensors (zero-initialised norms, ...) vary."""
     lively = copy.deepcopy(model).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -107,7 +108,7 @@ def _enlivened(model: nn.Module) -> nn.Module:
 
 
 def _tensors(output: object) -> list[torch.Tensor]:
-    leaves = torch.utils._pytree.tree_leaves(output)
+    leaves = tree_leaves(output)
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 

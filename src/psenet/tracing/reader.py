@@ -295,8 +295,9 @@ class Reader:
             call.freeze_inputs("no rule for this op")
             return _untracked(node)
         result = rule(call)
-        if isinstance(result, Value) and node.target._schema.is_mutable and isinstance(node.args[0], fx.Node):
-            self._known[node.args[0]] = result  # an in-place op changes its argument too
+        changed = node.args[0] if node.target._schema.is_mutable else None
+        if isinstance(changed, fx.Node):  # an in-place op changes its argument too
+            self._known[changed] = result
         return result
 
     def _freeze_outputs(self, node: fx.Node) -> None:

@@ -111,8 +111,9 @@ def batch_norm(call: Call) -> Value:
     *(
         f"aten.{name}.default"
         for name in (
-            "abs alias celu clone contiguous detach dropout elu exp feature_dropout gelu hardsigmoid hardswish hardtanh "
-            "leaky_relu lift_fresh_copy log_sigmoid mish neg relu relu6 selu sigmoid silu softplus sqrt square tanh"
+            "abs alias celu clone contiguous detach dropout elu exp feature_dropout gelu hardsigmoid hardswish "
+            "hardtanh leaky_relu lift_fresh_copy log_sigmoid mish neg relu relu6 selu sigmoid silu softplus sqrt "
+            "square tanh"
         ).split()
     ),
     "aten.pow.Tensor_Scalar",

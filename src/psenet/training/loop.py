@@ -1,0 +1,204 @@
+"""The training loop that everything shares: accelerate, timm's optimizers and schedules, checkpoints, progress."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from psenet.errors import InputError
+from psenet.files import write_atomically
+from psenet.progress import progress_bar
+from psenet.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Batch = Any
+Step = Callable[[nn.Module, Batch, int, Callable[[torch.Tensor], None]], torch.Tensor]
+"""`step(module, batch, step_number, backward)`: run forward and `backward(loss)` as often as it likes, and return the
+loss to show, detached."""
+
+_CHECK_EVERY = 20
+
+
+class Stateful(Protocol):
+    """Anything that a checkpoint must keep beside weights and optimizer."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as tensors and plain values."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the state back."""
+        ...
+
+
+class TrainingDivergedError(RuntimeError):
+    """The loss became NaN or infinite."""
+
+
+def fit(
+    module: nn.Module,
+    loader: DataLoader,
+    *,
+    step: Step,
+    config: TrainConfig,
+    extras: Mapping[str, Stateful] | None = None,
+    checkpoint: Path | None = None,
+    description: str = "training",
+    show_progress: bool = True,
+    max_steps: int | None = None,
+) -> None:
+    """Train a module in place.
+
+    Args:
+        module: What to train; on return it is on the CPU again if it came from there.
+        loader: Batches; the last one of an epoch may be smaller.
+        step: One optimizer step's forward and backward passes.
+        config: The settings.
+        extras: More state to keep in checkpoints, by name.
+        checkpoint: File to write after every epoch. If it exists, training continues from it.
+        description: Shown at the progress bar.
+        show_progress: Whether to show one.
+        max_steps: Stop after this many steps, for time estimates; the schedule is that of the whole training.
+
+    Raises:
+        InputError: An empty loader, a checkpoint of another training, mixed precision that the device lacks.
+        TrainingDivergedError: The loss is not finite; the checkpoint of the last good epoch stays.
+    """
+    if len(loader) == 0:
+        raise InputError("the training loader has no batches; lower the batch size or give more images")
+    from timm.optim import create_optimizer_v2
+    from timm.scheduler.cosine_lr import CosineLRScheduler
+
+    accelerator = _accelerator(config)
+    home = next(module.parameters()).device
+    options = {"momentum": config.momentum} if config.optimizer == "sgd" else {}
+    optimizer = create_optimizer_v2(
+        module, opt=config.optimizer, lr=config.learning_rate, weight_decay=config.weight_decay, **options
+    )
+    num_steps = max(1, config.epochs * len(loader))
+    warmup = int(config.warmup_ratio * num_steps)
+    scheduler = CosineLRScheduler(
+        optimizer, t_initial=num_steps, warmup_t=warmup, warmup_lr_init=config.learning_rate / 100, t_in_epochs=False
+    )
+    prepared, optimizer, batches = accelerator.prepare(module, optimizer, loader)
+    keep = _Checkpoint(checkpoint, accelerator, prepared, optimizer, loader, dict(extras or {}), num_steps)
+    first_epoch = keep.load()
+    prepared.train()
+    with progress_bar(description, total=num_steps, done=first_epoch * len(loader), show=show_progress) as advance:
+        for epoch in range(first_epoch, config.epochs):
+            number, loss = 0, torch.zeros(())
+            for batch_number, batch in enumerate(batches):
+                number = epoch * len(loader) + batch_number
+                if number == max_steps:
+                    return
+                scheduler.step_update(number)
+                optimizer.zero_grad()
+                loss = step(prepared, batch, number, accelerator.backward)
+                optimizer.step()
+                if number % _CHECK_EVERY == 0:
+                    _check_finite(loss, number, checkpoint)
+                    advance(number + 1, f"loss {float(loss):.3f}")
+            _check_finite(loss, number, checkpoint)
+            advance(number + 1, f"loss {float(loss):.3f}")
+            keep.save(epoch + 1)
+    module.to(home)
+
+
+def _accelerator(config: TrainConfig) -> "Accelerator":
+    from accelerate import Accelerator
+
+    try:
+        return Accelerator(mixed_precision=config.mixed_precision, step_scheduler_with_optimizer=False)
+    except ValueError as error:
+        raise InputError(f"mixed_precision={config.mixed_precision!r} is not possible here: {error}") from error
+
+
+def _check_finite(loss: torch.Tensor, number: int, checkpoint: Path | None) -> None:
+    if not torch.isfinite(loss).all():
+        kept = f"the last good epoch is kept in {checkpoint}" if checkpoint else "no checkpoint was asked for"
+        raise TrainingDivergedError(
+            f"the loss is {float(loss)} at step {number}: lower the learning rate or check the data; {kept}"
+        )
+
+
+class _Checkpoint:
+    """Everything needed to continue: weights, optimizer, data order, random numbers, and the extras."""
+
+    def __init__(
+        self,
+        path: Path | None,
+        accelerator: "Accelerator",
+        prepared: nn.Module,
+        optimizer: Any,
+        loader: DataLoader,
+        extras: dict[str, Stateful],
+        num_steps: int,
+    ) -> None:
+        self._path = path
+        self._accelerator = accelerator
+        self._module = accelerator.unwrap_model(prepared)
+        self._optimizer = optimizer
+        self._loader = loader
+        self._extras = extras
+        self._num_steps = num_steps
+
+    def save(self, epochs_done: int) -> None:
+        if self._path is None or not self._accelerator.is_main_process:
+            return
+        generator = self._loader.generator
+        state = {
+            "epochs_done": epochs_done,
+            "num_steps": self._num_steps,
+            "module": self._module.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "extras": {name: extra.state_dict() for name, extra in self._extras.items()},
+            "rng": torch.get_rng_state(),
+            "loader_rng": None if generator is None else generator.get_state(),
+        }
+
+        def write(stream: BinaryIO) -> None:
+            torch.save(state, stream)
+
+        write_atomically(self._path, write)
+
+    def load(self) -> int:
+        """Continue from the checkpoint if there is one; return the epochs done."""
+        if self._path is None or not self._path.exists():
+            return 0
+        state = load_checkpoint(self._path)
+        if state["num_steps"] != self._num_steps:
+            raise InputError(
+                f"{self._path} is of a training of {state['num_steps']} steps, this one has {self._num_steps}: "
+                "continue with the settings it was started with, or delete it"
+            )
+        self._module.load_state_dict(state["module"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        for name, extra in self._extras.items():
+            extra.load_state_dict(state["extras"][name])
+        torch.set_rng_state(state["rng"])
+        if self._loader.generator is not None:
+            self._loader.generator.set_state(state["loader_rng"])
+        return int(state["epochs_done"])
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint without executing anything in it.
+
+    Raises:
+        InputError: The file is damaged or holds something other than tensors and plain values.
+    """
+    import pickle
+    import zipfile
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError) as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{path} cannot be read as a checkpoint; delete it to start this stage again: {first_line}"
+        ) from error

@@ -1,0 +1,65 @@
+"""`train_model`: one plain module, for the baseline and for fine-tuning."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from psenet.training.config import TrainConfig
+from psenet.training.loop import Batch, fit
+from psenet.training.losses import LossFn, cross_entropy, mixed_loss
+from psenet.training.supernet import teach
+
+
+def train_model(
+    model: nn.Module,
+    train_loader: DataLoader,
+    *,
+    config: TrainConfig | None = None,
+    teacher: nn.Module | None = None,
+    loss_fn: LossFn | None = None,
+    checkpoint: Path | None = None,
+    description: str = "training",
+    show_progress: bool = True,
+    max_steps: int | None = None,
+) -> None:
+    """Train a plain module in place.
+
+    Args:
+        model: What to train.
+        train_loader: Batches (x, labels).
+        config: The settings; None for the defaults of `TrainConfig`.
+        teacher: For distillation with `config.distill_weight`.
+        loss_fn: (outputs, labels) to one loss per sample, shape (B,); None for cross entropy.
+        checkpoint: File to write after every epoch; if it exists, training continues from it.
+        description: Shown at the progress bar.
+        show_progress: Whether to show one.
+        max_steps: Stop after this many steps, for time estimates.
+
+    Raises:
+        InputError: A loss that is not per sample.
+        TrainingDivergedError: The loss is not finite.
+    """
+    config = config or TrainConfig()
+    loss_fn = loss_fn or cross_entropy(config.label_smoothing)
+    if config.distill_weight == 0:
+        teacher = None
+
+    def step(module: nn.Module, batch: Batch, number: int, backward: Callable[[torch.Tensor], None]) -> torch.Tensor:
+        x, labels = batch
+        loss = mixed_loss(loss_fn, config, module(x), labels, teach(teacher, x)).mean()
+        backward(loss)
+        return loss.detach()
+
+    fit(
+        model,
+        train_loader,
+        step=step,
+        config=config,
+        checkpoint=checkpoint,
+        description=description,
+        show_progress=show_progress,
+        max_steps=max_steps,
+    )

@@ -1,0 +1,128 @@
+"""Which subnets each training step trains, and whether they share one pass.
+
+Register another with `@strategy("name")`; `make_strategy` builds it by name.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from psenet.errors import InputError
+from psenet.space import WidthSpace
+from psenet.supernet import DEFAULT_STRATA
+from psenet.widths import Widths
+
+FULL_CEILING_SHARE = 0.4
+"""Share of the steps computed at full width; the other strata share the rest equally. Steps at the full ceiling train
+the wide subnets, which lower ceilings never reach, and cost the most."""
+
+
+class Strategy(Protocol):
+    """Chooses the subnets of each step."""
+
+    serial: ClassVar[bool]
+    """True: each subnet gets the whole batch, one after the other. False: they share the batch and the pass."""
+
+    def next_widths(self) -> list[Widths]:
+        """Return the subnets that the next step trains."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is needed to continue the sequence of subnets."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue the sequence from a `state_dict`."""
+        ...
+
+
+_STRATEGIES: dict[str, Callable[[WidthSpace, int, np.random.Generator], Strategy]] = {}
+
+
+def strategy(name: str) -> Callable[[type], type]:
+    """Register a strategy class, built as `cls(space, num_subnets, rng)`.
+
+    Raises:
+        ValueError: The name is taken.
+    """
+
+    def register(cls: type) -> type:
+        if name in _STRATEGIES:
+            raise ValueError(f"strategy {name!r} is registered already")
+        _STRATEGIES[name] = cls
+        return cls
+
+    return register
+
+
+def make_strategy(name: str, space: WidthSpace, *, num_subnets: int = 8, seed: int = 0) -> Strategy:
+    """Build a strategy.
+
+    Args:
+        name: `"parallel"` or `"sandwich"`.
+        space: The width space to draw from.
+        num_subnets: Subnets per step of `parallel`; the others have their own number.
+        seed: Of the sequence of subnets.
+
+    Raises:
+        InputError: An unknown name, or fewer than one subnet.
+    """
+    if name not in _STRATEGIES:
+        raise InputError(f"unknown strategy {name!r}; there are {sorted(_STRATEGIES)}")
+    if num_subnets < 1:
+        raise InputError(f"num_subnets must be at least 1; got {num_subnets}")
+    return _STRATEGIES[name](space, num_subnets, np.random.default_rng(seed))
+
+
+class _Seeded:
+    """A strategy whose whole state is its random generator."""
+
+    def __init__(self, space: WidthSpace, num_subnets: int, rng: np.random.Generator) -> None:
+        self._space = space
+        self._num_subnets = num_subnets
+        self._rng = rng
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rng": self._rng.bit_generator.state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._rng.bit_generator.state = state["rng"]
+
+
+@strategy("parallel")
+class ParallelStrategy(_Seeded):
+    """PSE-Net: n subnets below one stratum share a pass; a step at full width has the full network among them, one at
+    the lowest ceiling the smallest."""  # noqa: D205, D209
+
+    serial: ClassVar[bool] = False
+
+    def __init__(self, space: WidthSpace, num_subnets: int, rng: np.random.Generator) -> None:
+        super().__init__(space, num_subnets, rng)
+        ceilings = {space.uniform(keep_ratio): None for keep_ratio in DEFAULT_STRATA}
+        self._ceilings = sorted(ceilings, key=space.macs)
+        lower = len(self._ceilings) - 1
+        self._shares = [(1 - FULL_CEILING_SHARE) / lower] * lower + [FULL_CEILING_SHARE] if lower else [1.0]
+
+    def next_widths(self) -> list[Widths]:
+        """Return n subnets below one ceiling."""
+        ceiling = self._ceilings[int(self._rng.choice(len(self._ceilings), p=self._shares))]
+        widths = [self._space.sample(self._rng, ceiling) for _ in range(self._num_subnets)]
+        if ceiling == self._ceilings[-1]:
+            widths[0] = self._space.full()
+        elif ceiling == self._ceilings[0]:
+            widths[0] = self._space.smallest()
+        return widths
+
+
+@strategy("sandwich")
+class SandwichStrategy(_Seeded):
+    """US-Nets and AutoSlim (Yu and Huang 2019): the full network on the labels, then the smallest and two random ones
+    on the full network's outputs, each on the whole batch."""  # noqa: D205, D209
+
+    serial: ClassVar[bool] = True
+
+    def next_widths(self) -> list[Widths]:
+        """Return the full network, the smallest and two random ones."""
+        randoms = [self._space.sample(self._rng) for _ in range(2)]
+        return [self._space.full(), self._space.smallest(), *randoms]
