@@ -1,9 +1,49 @@
-"""psenet: make a convolutional network smaller by choosing how many channels each layer keeps."""
+"""psenet: make a convolutional network smaller by choosing how many channels each layer keeps.
 
+The way through the package, in the order data flows: `trace` a model to a `WidthSpace`, make a `Supernet`, train it with
+`train_supernet`, fit a `Prior`, `search` inside a `Budget` with a `SupernetScore`, `Supernet.extract` the winner.
+`prune` does all of it.
+"""
+
+from psenet import training
+from psenet.artifact import load
+from psenet.budget import Budget
 from psenet.errors import InputError
+from psenet.evaluate import SupernetScore
+from psenet.evolution import search
+from psenet.export import export_model
+from psenet.history import History
+from psenet.importance import order_channels
+from psenet.pipeline import PruneConfig, PruneResult, prune
+from psenet.prior import Prior
 from psenet.reading import trace
 from psenet.space import ChannelGroup, Frozen, WidthSpace
 from psenet.supernet import Supernet
+from psenet.training import TrainConfig, make_strategy, train_model, train_supernet
 from psenet.widths import Widths
 
-__all__ = ["ChannelGroup", "Frozen", "InputError", "Supernet", "WidthSpace", "Widths", "trace"]
+__all__ = [
+    "Budget",
+    "ChannelGroup",
+    "Frozen",
+    "History",
+    "InputError",
+    "Prior",
+    "PruneConfig",
+    "PruneResult",
+    "Supernet",
+    "SupernetScore",
+    "TrainConfig",
+    "WidthSpace",
+    "Widths",
+    "export_model",
+    "load",
+    "make_strategy",
+    "order_channels",
+    "prune",
+    "search",
+    "trace",
+    "train_model",
+    "train_supernet",
+    "training",
+]

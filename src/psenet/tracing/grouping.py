@@ -7,7 +7,7 @@
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ from psenet.tracing.reader import NO_CHANNEL, MaskNeed, Reading, Value
 
 _UNSEEN, _MANY, _END = -3, -2, -1
 
-Choices = Callable[[int, int], tuple[int, ...]]
+Choices = Callable[[int, int], Sequence[int]]
 """From a group's size and unit to its allowed widths, ascending, the size last."""
 
 
@@ -88,11 +88,11 @@ class _Grouping:
         self._atoms_kept: list[Atom] = []
         self._choices: list[tuple[int, ...]] = []
         for atom in atoms:
-            widths = choices(len(atom.classes) * atom.unit, atom.unit)
+            widths = tuple(choices(len(atom.classes) * atom.unit, atom.unit))
             if atom.name in frozen_groups:
                 self._freeze(atom.classes, frozen_groups[atom.name])
             elif len(widths) < 2:
-                self._freeze(atom.classes, f"no smaller width is allowed than {widths[-1]}")
+                self._freeze(atom.classes, f"no smaller width is allowed than {max(widths)}")
             else:
                 self._atoms_kept.append(atom)
                 self._choices.append(widths)

@@ -10,7 +10,7 @@ change: (1, C, 1, 1) for an ordinary activation. So numpy's own reshape, transpo
 through any re-arrangement.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,7 +124,8 @@ class Call:
     def module(self) -> str:
         """Path of the innermost module that runs the op."""
         stack = self.node.meta.get("nn_module_stack") or {"": ("", None)}
-        return list(stack.values())[-1][0]
+        path = list(stack.values())[-1][0]
+        return self._reader.same_module.get(path, path)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -233,13 +234,24 @@ class Reader:
     Args:
         program: The result of `torch.export.export`.
         rules: Rule by op name; an op without one freezes what it touches.
+        same_tensor: For further names of a tied parameter or buffer, its first name.
+        same_module: For further paths of a module that stands in several places, its first path.
     """
 
-    def __init__(self, program: torch.export.ExportedProgram, rules: dict[str, Rule]) -> None:
+    def __init__(
+        self,
+        program: torch.export.ExportedProgram,
+        rules: dict[str, Rule],
+        *,
+        same_tensor: Mapping[str, str] | None = None,
+        same_module: Mapping[str, str] | None = None,
+    ) -> None:
         self.reading = Reading()
         self.rules = rules
+        self.same_module = same_module or {}
         signature = program.graph_signature
-        self.state_names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        self.state_names = {node: (same_tensor or {}).get(name, name) for node, name in names.items()}
         self._user_inputs = set(signature.user_inputs)
         self._graph = program.graph
         self._known: dict[fx.Node, Value | tuple[Value, ...]] = {}
@@ -316,7 +328,7 @@ class Reader:
             if node.name in self.state_names or node.op not in ("placeholder", "call_function"):
                 continue
             source = _aliased(node)
-            root[node] = root.get(source, node) if source is not None else node
+            root[node] = node if source is None else root.get(source, node)
             positions = [position, *(self._position(user) for user in node.users)]
             last_use[root[node]] = max(last_use.get(root[node], 0), *positions)
         alive: set[fx.Node] = set()

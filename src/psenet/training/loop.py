@@ -71,14 +71,17 @@ def fit(
     """
     if len(loader) == 0:
         raise InputError("the training loader has no batches; lower the batch size or give more images")
-    from timm.optim import create_optimizer_v2
+    from timm.optim import create_optimizer_v2  # pyright: ignore[reportPrivateImportUsage]
     from timm.scheduler.cosine_lr import CosineLRScheduler
 
     accelerator = _accelerator(config)
     home = next(module.parameters()).device
-    options = {"momentum": config.momentum} if config.optimizer == "sgd" else {}
     optimizer = create_optimizer_v2(
-        module, opt=config.optimizer, lr=config.learning_rate, weight_decay=config.weight_decay, **options
+        module,
+        opt=config.optimizer,
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum if config.optimizer == "sgd" else 0.9,  # AdamW's first beta, its default
     )
     num_steps = max(1, config.epochs * len(loader))
     warmup = int(config.warmup_ratio * num_steps)

@@ -1,0 +1,52 @@
+"""`psenet`: the entry point, and what becomes of errors."""
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from psenet.cli import inspect, prune
+from psenet.errors import InputError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Make a convolutional network smaller by choosing how many channels each layer keeps.",
+)
+app.command("prune")(prune.prune)
+app.command("inspect")(inspect.inspect)
+
+USER_MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130
+
+
+@app.callback()
+def _options(
+    debug: bool = typer.Option(False, "--debug", help="Show the full traceback of an error (before the subcommand)."),
+) -> None:
+    """Take the options that stand before the subcommand."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; errors become one message and an exit code.
+
+    Exit codes: 2 for what the user can mend, 1 for a failure, 130 for Ctrl-C. `psenet --debug ...` shows the traceback.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = arguments[:1] == ["--debug"]
+    try:
+        app(arguments, standalone_mode=True)
+    except KeyboardInterrupt:
+        print("\nstopped; what is finished is kept: the same command with --resume continues", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except InputError as error:
+        if debug:
+            raise
+        print(f"psenet: {error}", file=sys.stderr)
+        sys.exit(USER_MISTAKE)
+    except Exception as error:  # the last stop before the terminal
+        if debug:
+            raise
+        print(f"psenet: {type(error).__name__}: {error}", file=sys.stderr)
+        print("psenet: `psenet --debug ...` shows where it came from", file=sys.stderr)
+        sys.exit(FAILURE)

@@ -1,0 +1,88 @@
+"""How long a run will take: a few real steps, before any hour is spent."""
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from psenet.supernet import Supernet
+from psenet.training.strategies import make_strategy
+
+_WARMUP, _MEASURED = 1, 4
+
+
+def estimate_seconds(
+    model: nn.Module,
+    supernet: Supernet,
+    batch: tuple[torch.Tensor, torch.Tensor],
+    *,
+    steps: Mapping[str, int],
+    num_subnets: int,
+    strategy: str,
+    num_calibration: int,
+    num_validation: int,
+    num_evaluations: int,
+    keep_ratio: float,
+) -> dict[str, float]:
+    """Return the expected seconds of each stage, from timing a few steps on copies.
+
+    Args:
+        model: The full model.
+        supernet: Its supernet.
+        batch: A training batch (x, labels).
+        steps: Optimizer steps of `baseline`, `supernet` and `finetune` (the last counts both nets).
+        num_subnets: Subnets per parallel step.
+        strategy: The training strategy.
+        num_calibration: Images used to recalibrate a candidate.
+        num_validation: Images a candidate is scored on.
+        num_evaluations: Candidates.
+        keep_ratio: MACs of the nets to fine-tune as a share of the full model's.
+    """
+    x, labels = batch
+    plain = copy.deepcopy(model).train()
+    plain_seconds = _median_seconds(lambda: _step(plain, plain(x), labels))
+    elastic = copy.deepcopy(supernet).train()
+    chosen = make_strategy(strategy, supernet.space, num_subnets=min(num_subnets, len(x)), seed=0)
+
+    def supernet_step() -> None:
+        widths = chosen.next_widths()
+        for part in [[setting] for setting in widths] if chosen.serial else [widths]:
+            _step(elastic, elastic(x, part), labels)
+
+    supernet_seconds = _median_seconds(supernet_step)
+    with torch.no_grad():
+        forward_seconds = _median_seconds(lambda: plain(x)) / len(x)
+    scoring = forward_seconds * (num_calibration + num_validation) * (0.3 + 0.7 * keep_ratio)
+    return {
+        "baseline": plain_seconds * steps["baseline"],
+        "supernet": supernet_seconds * steps["supernet"],
+        "search": scoring * num_evaluations,
+        # Narrow layers run less efficiently than their MACs say.
+        "finetune": plain_seconds * (0.3 + 0.7 * keep_ratio) * steps["finetune"],
+    }
+
+
+def say_duration(seconds: float) -> str:
+    """Return a duration for a person: `45 s`, `12 min`, `3.5 h`."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _step(module: nn.Module, outputs: Any, labels: torch.Tensor) -> None:
+    module.zero_grad()
+    F.cross_entropy(outputs, labels).backward()
+
+
+def _median_seconds(run: Callable[[], Any]) -> float:
+    seconds: Sequence[float] = []
+    for _ in range(_WARMUP + _MEASURED):
+        start = time.perf_counter()
+        run()
+        seconds = [*seconds, time.perf_counter() - start]
+    return float(np.median(seconds[_WARMUP:]))

@@ -1,0 +1,451 @@
+"""`prune`: the whole way from a model to a smaller one, stage by stage, each resumable.
+
+baseline -> supernet -> search -> fine-tune -> test -> export -> result
+"""
+
+import copy
+import itertools
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from psenet.artifact import write_bytes
+from psenet.budget import Budget, Limits
+from psenet.errors import InputError
+from psenet.estimate import estimate_seconds, say_duration
+from psenet.evaluate import SupernetScore, accuracy, recalibrate
+from psenet.evolution import Evaluation, SearchProgress, search
+from psenet.export import ExportReport, export_model
+from psenet.history import History
+from psenet.importance import order_channels
+from psenet.latency import measure_latency
+from psenet.prior import Prior
+from psenet.progress import progress_bar
+from psenet.reading import trace
+from psenet.result import FORMAT, hardware, net_record, versions
+from psenet.rundir import RunDirectory, write_json
+from psenet.space import WidthSpace
+from psenet.supernet import Supernet
+from psenet.training.config import TrainConfig
+from psenet.training.plain import train_model
+from psenet.training.supernet import train_supernet
+from psenet.widths import Widths
+
+Say = Callable[[str], None]
+
+_CALIBRATION_BATCHES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig:
+    """The settings of `prune` beside model, data and budget."""
+
+    baseline: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=30))
+    """How the full model is trained if it is not `trained`."""
+    supernet: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=30, learning_rate=0.05))
+    """How the supernet is trained, from the baseline's weights."""
+    finetune: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=10, learning_rate=0.02))
+    """How the pruned and the uniform net are fine-tuned; distillation is from the baseline."""
+    trained: bool = False
+    """The model has trained weights: it is the baseline as it comes."""
+    strategy: str = "parallel"
+    """How the supernet is trained; see `psenet.training.make_strategy`."""
+    num_subnets: int = 8
+    """Subnets per parallel step."""
+    num_evaluations: int = 100
+    """Candidates that the search scores."""
+    divisor: int = 8
+    """Widths are multiples of this many channels."""
+    min_ratio: float = 0.25
+    """The smallest width as a share of a group's size."""
+    seed: int = 0
+    """Of everything random."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the settings as plain JSON values."""
+        plain = {name: value for name, value in vars(self).items() if not isinstance(value, TrainConfig)}
+        return plain | {name: value.as_dict() for name, value in vars(self).items() if isinstance(value, TrainConfig)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneResult:
+    """What `prune` returns."""
+
+    model: nn.Module
+    """The pruned, fine-tuned, plain module."""
+    widths: Widths
+    """Its widths."""
+    space: WidthSpace
+    record: Mapping[str, Any]
+    """The figures, as in `result.json` (see `psenet.result`)."""
+    export: ExportReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaders:
+    """The data of a run. The four sets must be disjoint."""
+
+    train: DataLoader
+    calibration: Sequence[Any]
+    """Batches for the batch-norm statistics of candidates."""
+    validation: Sequence[Any]
+    """Batches for scoring candidates."""
+    test: DataLoader | None
+    """For the final figures, once."""
+
+
+def prune(
+    model: nn.Module,
+    example_input: torch.Tensor,
+    train_loader: DataLoader,
+    val_loader: DataLoader,
+    *,
+    budget: Budget,
+    test_loader: DataLoader | None = None,
+    calibration_loader: DataLoader | None = None,
+    out: str | Path | None = None,
+    config: PruneConfig | None = None,
+    resume: bool = False,
+    description: Mapping[str, str] | None = None,
+    say: Say | None = None,
+    show_progress: bool = False,
+) -> PruneResult:
+    """Prune a classification model to a budget.
+
+    Args:
+        model: Any traceable CNN, logits (B, classes); it is not changed.
+        example_input: One sample, shape (1, ...).
+        train_loader: Batches (x, labels) to train on.
+        val_loader: Batches to choose candidates by.
+        budget: What the pruned net may cost.
+        test_loader: Batches for the final figures; nothing else sees them. None: the figures are on `val_loader`, which
+            chose the pruned net, so they flatter it; the record says so.
+        calibration_loader: Batches for batch-norm statistics of candidates. None: a few training batches.
+        out: The run directory (see `psenet.rundir`). None: a new temporary folder, named in the record.
+        config: All other settings; None for the defaults.
+        resume: Continue the run in `out`, if there is one.
+        description: `model` and `data` as a person would name them, for the record.
+        say: Gets a line for a person at each stage; None for silence.
+        show_progress: Whether to show progress bars.
+
+    Returns:
+        The pruned model and its figures, also written to `out`.
+
+    Raises:
+        InputError: The model, the budget, a loader or the output folder cannot be used.
+        TrainingDivergedError: A loss became NaN; the last good checkpoint stays and `resume` continues from it.
+    """
+    config = config or PruneConfig()
+    names = {"model": type(model).__name__, "data": "loaders", **(description or {})}
+    for name, loader in (("train", train_loader), ("validation", val_loader), ("test", test_loader)):
+        if loader is not None and len(loader) == 0:
+            raise InputError(f"the {name} loader has no batches")
+    space = trace(model, example_input, divisor=config.divisor, min_ratio=config.min_ratio)
+    limits = budget.resolve(space)
+    recipe = {**names, "budget": _plain_budget(budget), "settings": config.as_dict()}
+    run = _Run(
+        model=copy.deepcopy(model),
+        example=example_input,
+        loaders=Loaders(
+            train=train_loader,
+            calibration=_batches(calibration_loader, train_loader),
+            validation=list(val_loader),
+            test=test_loader,
+        ),
+        budget=budget,
+        limits=limits,
+        space=space,
+        config=config,
+        folder=RunDirectory(Path(tempfile.mkdtemp(prefix="psenet-") if out is None else out), recipe, resume=resume),
+        names=names,
+        say=say or (lambda line: None),
+        show_progress=show_progress,
+    )
+    return run.run()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """The stages in order. Each finds its finished result in the run directory, or makes it."""
+
+    model: nn.Module
+    example: torch.Tensor
+    loaders: Loaders
+    budget: Budget
+    limits: Limits
+    space: WidthSpace
+    config: PruneConfig
+    folder: RunDirectory
+    names: dict[str, str]
+    say: Say
+    show_progress: bool
+
+    def run(self) -> PruneResult:
+        self._announce()
+        baseline = self._baseline()
+        supernet, history = self._supernet(baseline)
+        best, num_evaluated = self._search(supernet, history)
+        uniform = uniform_widths(self.space, self.limits)
+        nets = {"pruned": best.widths, "uniform": uniform}
+        before = {name: self._extracted(supernet, widths) for name, widths in nets.items()}
+        tuned = {name: self._finetuned(name, net, baseline) for name, net in before.items()}
+        self.say("testing, measuring latency, exporting")
+        record = self._figures(baseline, nets, before, tuned)
+        report = export_model(
+            tuned["pruned"], self.example, self.folder.path / "model", widths=best.widths, details=self._details()
+        )
+        for problem in report.problems:
+            self.say(f"export: {problem}")
+        record |= {
+            "search": {"num_evaluations": num_evaluated, "best_score": best.score, "history": len(history)},
+            "export": {
+                "bytes": dict(report.bytes),
+                "onnx_max_relative_difference": report.onnx_max_relative_difference,
+                "problems": list(report.problems),
+            },
+        }
+        write_json(self.folder.file("result.json"), record)
+        return PruneResult(model=tuned["pruned"], widths=best.widths, space=self.space, record=record, export=report)
+
+    # Stages -------------------------------------------------------------------------------------------------------
+
+    def _announce(self) -> None:
+        """Say what will be done and how long it will take."""
+        space, full = self.space, self.space.full()
+        least = space.macs(space.smallest()) / space.macs(full)
+        self.say(
+            f"{self.names['model']}: {space.macs(full) / 1e6:.1f}M MACs, {space.params(full) / 1e6:.2f}M parameters, "
+            f"{len(space.groups)} channel groups, reachable down to {least:.0%} of the MACs"
+        )
+        self.say(f"budget: {self.limits.describe(space)}")
+        seconds = self._estimate()
+        stages = ", ".join(f"{stage} {say_duration(time)}" for stage, time in seconds.items() if time > 0)
+        self.say(f"expected time: about {say_duration(sum(seconds.values()))} ({stages})")
+
+    def _estimate(self) -> dict[str, float]:
+        """Return the seconds that each stage should take when it starts from nothing."""
+        config, epoch = self.config, len(self.loaders.train)
+        generator = self.loaders.train.generator
+        state = None if generator is None else generator.get_state()
+        batch = next(iter(self.loaders.train))
+        if generator is not None and state is not None:
+            generator.set_state(state)
+        supernet, full = Supernet(self.model, self.space), self.space.macs(self.space.full())
+        return estimate_seconds(
+            self.model,
+            supernet,
+            (batch[0], batch[1]),
+            steps={
+                "baseline": 0 if config.trained else config.baseline.epochs * epoch,
+                "supernet": config.supernet.epochs * epoch,
+                "finetune": 2 * config.finetune.epochs * epoch,
+            },
+            num_subnets=config.num_subnets,
+            strategy=config.strategy,
+            num_calibration=_num_images(self.loaders.calibration),
+            num_validation=_num_images(self.loaders.validation),
+            num_evaluations=config.num_evaluations,
+            keep_ratio=(self.limits.macs or full) / full,
+        )
+
+    def _baseline(self) -> nn.Module:
+        """Return the trained full model, its channels ordered by importance."""
+        path = self.folder.file("stages/baseline.safetensors")
+        if not path.exists():
+            with self.folder.stage("baseline"):
+                self._seed(1)
+                if not self.config.trained:
+                    self.say("training the baseline")
+                    train_model(
+                        self.model,
+                        self.loaders.train,
+                        config=self.config.baseline,
+                        checkpoint=self.folder.checkpoint("baseline"),
+                        description="baseline",
+                        show_progress=self.show_progress,
+                    )
+                _save_state(order_channels(self.model, self.space), path)
+        _load_state(self.model, path)
+        self.say(f"baseline: {accuracy(self.model, self.loaders.validation):.2f} % on validation data")
+        return self.model.eval()
+
+    def _supernet(self, baseline: nn.Module) -> tuple[Supernet, History]:
+        path, history_path = self.folder.file("stages/supernet.safetensors"), self.folder.file("stages/history.npz")
+        supernet = Supernet(baseline, self.space)
+        if path.exists() and history_path.exists():
+            _load_state(supernet.model, path)
+            return supernet, History.load(history_path, self.space)
+        self.say(f"training the supernet ({self.config.strategy})")
+        with self.folder.stage("supernet"):
+            self._seed(2)
+            history = train_supernet(
+                supernet,
+                self.loaders.train,
+                num_subnets=self.config.num_subnets,
+                strategy=self.config.strategy,
+                config=self.config.supernet,
+                teacher=baseline if self.config.supernet.distill_weight else None,
+                seed=self.config.seed,
+                checkpoint=self.folder.checkpoint("supernet"),
+                show_progress=self.show_progress,
+            )
+            history.save(history_path)
+            _save_state(supernet.model, path)
+        return supernet, history
+
+    def _search(self, supernet: Supernet, history: History) -> tuple[Evaluation, int]:
+        self.say(f"searching, {self.config.num_evaluations} candidates")
+        score_fn = SupernetScore(supernet, self.loaders.calibration, self.loaders.validation)
+        total = self.config.num_evaluations
+        with (
+            self.folder.stage("search"),
+            progress_bar("search", total=total, show=self.show_progress) as advance,
+        ):
+
+            def progress(state: SearchProgress) -> None:
+                advance(state.num_done, f"best {state.best.score:.2f} %" if state.best else "")
+
+            self._seed(3)
+            found = search(
+                self.space,
+                self.limits,
+                score_fn,
+                prior=Prior.fit(history, self.space) if len(history) else None,
+                num_evaluations=total,
+                seed=self.config.seed,
+                storage=self.folder.file("stages/study.journal"),
+                progress=progress,
+            )
+        best = found.best
+        write_json(self.folder.file("stages/search.json"), {"widths": dict(best.widths), "score": best.score})
+        self.say(f"best candidate: {best.score:.2f} % on validation data at {best.macs / 1e6:.1f}M MACs")
+        return best, len(found.evaluated)
+
+    def _extracted(self, supernet: Supernet, widths: Widths) -> nn.Module:
+        net = supernet.extract(widths)
+        recalibrate(net, self.loaders.calibration)
+        return net.eval()
+
+    def _finetuned(self, name: str, net: nn.Module, baseline: nn.Module) -> nn.Module:
+        path = self.folder.file(f"stages/{name}.safetensors")
+        tuned = copy.deepcopy(net)
+        if not path.exists():
+            self.say(f"fine-tuning the {name} net")
+            with self.folder.stage("finetune"):
+                self._seed(4)
+                train_model(
+                    tuned,
+                    self.loaders.train,
+                    config=self.config.finetune,
+                    teacher=baseline,
+                    checkpoint=self.folder.checkpoint(name),
+                    description=f"fine-tune {name}",
+                    show_progress=self.show_progress,
+                )
+                _save_state(tuned, path)
+        _load_state(tuned, path)
+        return tuned.eval()
+
+    def _figures(
+        self,
+        baseline: nn.Module,
+        nets: dict[str, Widths],
+        before: dict[str, nn.Module],
+        tuned: dict[str, nn.Module],
+    ) -> dict[str, Any]:
+        """Measure everything the result says. The only place that sees test data."""
+        space, seconds = self.space, self.folder.seconds()
+        latency = measure_latency({"baseline": baseline, **tuned}, self.example)
+        test = self.loaders.validation if self.loaders.test is None else self.loaders.test
+        record: dict[str, Any] = {
+            "format": FORMAT,
+            **self.names,
+            "budget": _plain_budget(self.budget),
+            "accuracy_on": "validation data" if self.loaders.test is None else "test data",
+            "seed": self.config.seed,
+            "versions": versions(),
+            "hardware": hardware(),
+            "baseline": net_record(space, space.full(), latency=latency["baseline"], accuracy=accuracy(baseline, test)),
+        }
+        for name, widths in nets.items():
+            record[name] = net_record(
+                space,
+                widths,
+                latency=latency[name],
+                accuracy=accuracy(tuned[name], test),
+                before_finetune=accuracy(before[name], test),
+            )
+        return record | {
+            "widths": dict(nets["pruned"]),
+            "uniform_widths": dict(nets["uniform"]),
+            "full_widths": dict(space.full()),
+            "seconds": {**seconds, "total": round(sum(seconds.values()), 2)},
+            "settings": self.config.as_dict(),
+        }
+
+    def _details(self) -> dict[str, object]:
+        shape = tuple(self.example.shape[1:])
+        return {"model": self.names["model"], "input_shape": shape, "in_channels": shape[0]}
+
+    def _seed(self, stage: int) -> None:
+        """Start a stage from a random state that does not depend on the stages before it."""
+        torch.manual_seed(self.config.seed * 16 + stage)
+        generator = self.loaders.train.generator
+        if generator is not None:
+            generator.manual_seed(self.config.seed * 16 + stage)
+
+
+def uniform_widths(space: WidthSpace, limits: Limits) -> Widths:
+    """Return the widest uniform setting inside the limits: the plain way to shrink a model, to compare with.
+
+    Rounding to the allowed widths can leave much of a budget unused, so the setting is then widened by single steps,
+    the group with the smallest share of its channels first, as long as the limits hold.
+    """
+    ratios = (step / 200 for step in range(200, 0, -1))
+    settings = dict.fromkeys([*(space.uniform(ratio) for ratio in ratios), space.smallest()])
+    widths = next(setting for setting in settings if limits.holds(space, setting))
+    open_groups = list(space.groups)
+    while open_groups:
+        group = min(open_groups, key=lambda group: widths[group.name] / group.size)
+        wider = next((width for width in group.choices if width > widths[group.name]), None)
+        candidate = None if wider is None else Widths({**widths, group.name: wider})
+        if candidate is not None and limits.holds(space, candidate):
+            widths = candidate
+        else:
+            open_groups.remove(group)
+    return widths
+
+
+def _plain_budget(budget: Budget) -> dict[str, int | str]:
+    return {name: value for name, value in vars(budget).items() if value is not None}
+
+
+def _num_images(batches: Sequence[Any]) -> int:
+    return sum(len(batch[0]) for batch in batches)
+
+
+def _batches(calibration: DataLoader | None, train: DataLoader) -> list[Any]:
+    return list(itertools.islice(train, _CALIBRATION_BATCHES)) if calibration is None else list(calibration)
+
+
+def _save_state(module: nn.Module, path: Path) -> None:
+    from safetensors.torch import save
+
+    # Tied tensors must not share memory in a safetensors file.
+    write_bytes(path, save({name: tensor.contiguous().clone() for name, tensor in module.state_dict().items()}))
+
+
+def _load_state(module: nn.Module, path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        module.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise InputError(f"{path} is damaged; delete it and resume to make it again: {error}") from error

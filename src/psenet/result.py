@@ -1,0 +1,111 @@
+"""The figures of a run: `RUN/result.json`, and the table a person reads.
+
+`result.json` is stable. Accuracies are percent on test data, latencies the median in milliseconds:
+
+    format       1
+    accuracy_on  "test data", or "validation data" where there was none
+    model, data  as given; budget: the limits as given; seed
+    versions     of python, torch, timm, psenet; hardware: what it ran on
+    baseline     macs, params, memory (bytes), latency_ms, latency_quartiles_ms, accuracy
+    pruned       the same, and accuracy_before_finetune
+    uniform      the same for the uniform-width net of the same MACs, trained by the same recipe
+    widths       group name to width of the pruned net; uniform_widths, full_widths: the same of the others
+    seconds      baseline, supernet, search, finetune, total
+    settings     everything else the run was asked for
+    search       evaluations, best_score (validation), prior: how many subnets the history holds
+    export       problems, bytes by file name, onnx_max_relative_difference
+"""
+
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from psenet.latency import Latency
+from psenet.space import WidthSpace
+from psenet.widths import Widths
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+FORMAT = 1
+
+
+def net_record(
+    space: WidthSpace, widths: Widths, *, latency: Latency, accuracy: float, before_finetune: float | None = None
+) -> dict[str, Any]:
+    """Return the figures of one net."""
+    record: dict[str, Any] = {
+        "macs": space.macs(widths),
+        "params": space.params(widths),
+        "memory": space.memory(widths),
+        "latency_ms": round(latency.median_ms, 4),
+        "latency_quartiles_ms": [round(latency.q1_ms, 4), round(latency.q3_ms, 4)],
+        "accuracy": round(accuracy, 4),
+    }
+    if before_finetune is not None:
+        record["accuracy_before_finetune"] = round(before_finetune, 4)
+    return record
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what the figures depend on."""
+    found = {"python": platform.python_version()}
+    for package in ("psenet", "torch", "torchvision", "timm", "optuna", "onnxruntime"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Return what the run ran on."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {"machine": platform.machine(), "threads": torch.get_num_threads(), "gpus": gpus}
+
+
+def result_table(record: Mapping[str, Any]) -> "Table":
+    """Return the final table for the terminal: baseline, pruned and uniform side by side."""
+    from rich.table import Table
+
+    names = ("baseline", "pruned", "uniform")
+    table = Table(title=f"{record['model']} on {record['data']}")
+    table.add_column("")
+    for name in names:
+        table.add_column(name, justify="right")
+    base = record["baseline"]
+    rows: list[tuple[str, list[str]]] = [
+        ("MACs", [_with_share(record[name]["macs"], base["macs"]) for name in names]),
+        ("FLOPs", [_short(2 * record[name]["macs"]) for name in names]),
+        ("parameters", [_with_share(record[name]["params"], base["params"]) for name in names]),
+        ("peak activations", [f"{record[name]['memory'] / 1024:,.0f} KiB" for name in names]),
+        ("latency, batch 1", [_latency(record[name]) for name in names]),
+        ("accuracy before fine-tuning", [_percent(record[name].get("accuracy_before_finetune")) for name in names]),
+        (f"accuracy on {record['accuracy_on']}", [_percent(record[name]["accuracy"]) for name in names]),
+    ]
+    for title, cells in rows:
+        table.add_row(title, *cells)
+    return table
+
+
+def _latency(net: Mapping[str, Any]) -> str:
+    low, high = net["latency_quartiles_ms"]
+    return f"{net['latency_ms']:.2f} ms ({low:.2f}-{high:.2f})"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f} %"
+
+
+def _with_share(value: int, whole: int) -> str:
+    return f"{_short(value)} ({value / whole:.0%})"
+
+
+def _short(value: float) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return str(int(value))

@@ -1,0 +1,112 @@
+"""A run directory: what a run was asked to do, how far it is, and where its files lie.
+
+RUN/recipe.json          the settings the run was started with
+RUN/stages.json          seconds spent in each stage, and which are finished
+RUN/checkpoints/*.pt     the last epoch of each training
+RUN/stages/*             weights, history and study of the finished stages
+RUN/model/*              the exported model
+RUN/result.json          the figures
+"""
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from psenet.errors import InputError
+from psenet.files import write_atomically
+
+STAGES = ("baseline", "supernet", "search", "finetune")
+
+
+class RunDirectory:
+    """The folder of one run.
+
+    Args:
+        path: The folder; made if missing.
+        recipe: The settings of the run, as plain JSON values.
+        resume: Continue the run that is there, if any.
+
+    Raises:
+        InputError: The folder holds another run or other files, or cannot be written.
+    """
+
+    def __init__(self, path: Path, recipe: Mapping[str, Any], *, resume: bool = False) -> None:
+        self.path = path
+        recipe = json.loads(json.dumps(recipe))
+        old = path / "recipe.json"
+        if path.exists() and not path.is_dir():
+            raise InputError(f"the output folder {path} is a file; give another path")
+        if old.exists():
+            self._check_same(recipe, resume)
+        elif path.exists() and any(path.iterdir()):
+            raise InputError(f"the output folder {path} holds files that are not of a psenet run; give an empty one")
+        else:
+            try:
+                write_json(old, recipe)
+            except OSError as error:
+                raise InputError(f"the output folder {path} cannot be written: {error}") from error
+
+    def file(self, name: str) -> Path:
+        """Return the path of a file in the folder, whose parent folder then exists."""
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return target
+
+    def checkpoint(self, training: str) -> Path:
+        """Return the checkpoint file of a training."""
+        return self.file(f"checkpoints/{training}.pt")
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds spent in each stage so far, over all attempts."""
+        return {stage: record["seconds"] for stage, record in self._stages().items()}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to a stage, also when it is interrupted."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            stages = self._stages()
+            before = stages.get(name, {"seconds": 0.0})
+            stages[name] = {"seconds": round(before["seconds"] + time.perf_counter() - start, 2)}
+            write_json(self.file("stages.json"), stages)
+
+    def _stages(self) -> dict[str, dict[str, float]]:
+        path = self.path / "stages.json"
+        return read_json(path) if path.exists() else {}
+
+    def _check_same(self, recipe: Mapping[str, Any], resume: bool) -> None:
+        if not resume:
+            raise InputError(
+                f"the output folder {self.path} already holds a run; continue it with --resume or give another folder"
+            )
+        before = read_json(self.path / "recipe.json")
+        keys = [key for key in {**before, **recipe} if before.get(key) != recipe.get(key)]
+        if keys:
+            changes = "; ".join(f"{key} was {before.get(key)!r}, now {recipe.get(key)!r}" for key in keys)
+            raise InputError(f"the run in {self.path} was started with other settings: {changes}; give another folder")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON atomically, indented, keys in the given order."""
+
+    def write(stream: BinaryIO) -> None:
+        stream.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+    write_atomically(path, write)
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        InputError: The file cannot be read as JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}") from error
