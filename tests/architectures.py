@@ -261,6 +261,19 @@ class TiedWeights(nn.Module):
         return self.head(self.wide(self.second(self.first(x).relu()).relu()).relu())
 
 
+class OneModuleInTwoPlaces(nn.Module):
+    """A stage stands at two paths of the tree and runs at both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        stage = nn.Sequential(conv_bn(16, 16), nn.ReLU())
+        self.stem, self.first, self.middle, self.again = conv_bn(3, 16), stage, nn.MaxPool2d(2), stage
+        self.wide, self.head = conv_bn(16, 24, 1), Head(24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.wide(self.again(self.middle(self.first(self.stem(x))))).relu())
+
+
 class FunctionalDropout(nn.Module):
     """Hand-written forward: functional calls, a sum over space, a view that keeps the channels free."""
 
@@ -295,6 +308,7 @@ ARCHITECTURES = {
     "norm_without_statistics": Architecture(norm_without_statistics),
     "called_twice": Architecture(CalledTwice),
     "tied_weights": Architecture(TiedWeights),
+    "one_module_in_two_places": Architecture(OneModuleInTwoPlaces),
     "functional_dropout": Architecture(FunctionalDropout),
 }
 

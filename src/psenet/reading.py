@@ -9,6 +9,7 @@ from torch import nn
 
 from psenet.errors import InputError
 from psenet.proof import broken_groups
+from psenet.slicing import state_of
 from psenet.space import WidthSpace
 from psenet.tracing.grouping import build_space
 from psenet.tracing.reader import Reader, Reading
@@ -101,9 +102,32 @@ def read(model: nn.Module, example_input: torch.Tensor) -> Reading:
             program = torch.export.export(model, (example_input,), strict=False)
         except Exception as error:  # torch.export raises many private types
             raise InputError(f"the model cannot be traced by torch.export: {type(error).__name__}: {error}") from error
-    reading = Reader(program, RULES).read()
+    same_tensor, same_module = _ties(model)
+    reading = Reader(program, RULES, same_tensor=same_tensor, same_module=same_module).read()
+    for alias in same_tensor.keys() & state_of(model).keys():
+        if same_tensor[alias] in reading.axes:
+            reading.axes[alias] = reading.axes[same_tensor[alias]]
+            reading.shapes[alias] = reading.shapes[same_tensor[alias]]
     reading.params = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     return reading
+
+
+def _ties(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the first name of every tensor and of every module that has several, by each further name."""
+    tensors: dict[int, str] = {}
+    modules: dict[int, str] = {}
+    same_tensor, same_module = {}, {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if modules.setdefault(id(module), path) != path:
+            same_module[path] = modules[id(module)]
+        for local, tensor in (
+            *module.named_parameters(recurse=False, remove_duplicate=False),
+            *module.named_buffers(recurse=False, remove_duplicate=False),
+        ):
+            name = f"{path}.{local}" if path else local
+            if tensors.setdefault(id(tensor), name) != name:
+                same_tensor[name] = tensors[id(tensor)]
+    return same_tensor, same_module
 
 
 def _left_out(space: WidthSpace, include: Sequence[str] | None, exclude: Sequence[str] | None) -> dict[str, str]:

@@ -64,11 +64,15 @@ def _resize_norm(layer: nn.Module, shapes: Shapes) -> None:
 
 
 def state_of(model: nn.Module) -> State:
-    """Return every parameter and buffer of a module by name, tied ones under each name, themselves and not copies."""
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
+    """Return every parameter and buffer of a module by name, themselves and not copies.
+
+    Tied tensors come under each name; those of one module that stands in several places under its first path.
+    """
+    state: State = {}
+    for path, module in model.named_modules():
+        state.update(module.named_parameters(path, recurse=False, remove_duplicate=False))
+        state.update(module.named_buffers(path, recurse=False, remove_duplicate=False))
+    return state
 
 
 def slice_state(state: Mapping[str, torch.Tensor], space: WidthSpace, widths: Widths) -> State:

@@ -91,7 +91,7 @@ class Supernet(nn.Module):
         module = narrow_module(self.model, sliced_shapes(state, self.space, widths), device="meta")
         slices = slice_state(state, self.space, widths)
         owners = {name: _owner(module, name) for name in slices}
-        buffers = dict(self.model.named_buffers(remove_duplicate=False))
+        buffers = {name for name, tensor in state.items() if not isinstance(tensor, nn.Parameter)}
         for name in buffers:
             layer, local = owners[name]
             layer._buffers[local] = slices[name].detach().clone()

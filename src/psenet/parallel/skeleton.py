@@ -68,7 +68,7 @@ class ParallelSkeleton:
                 self._fold(tensors, plan.module, mask_nC)
             else:
                 tensors[f"{plan.module}.{_MASK}"] = mask_nC
-        return functional_call(self.module, tensors, (x,))
+        return functional_call(self.module, tensors, (x,), tie_weights=False)  # each tied name comes with its slice
 
     def _fold(self, tensors: State, path: str, mask_nC: torch.Tensor) -> None:
         """Repeat a norm's tensors for the n subnets and fold the mask into scale and shift."""
