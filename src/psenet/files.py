@@ -1,0 +1,52 @@
+"""Writing files so that a kill at any moment leaves either the old content or the new, never half of it."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+
+def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]) -> None:
+    """Write a file beside its place, flush it to disk and rename it into place.
+
+    Args:
+        path: Where the file shall be; missing parent folders are made.
+        write: Writes the whole content into the open binary file it is given.
+
+    Raises:
+        OSError: The folder cannot be made or written to. Whatever `write` raises goes through. In both cases an
+            existing file at `path` is untouched and nothing is left beside it.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, beside = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes private files; give this one the permissions an ordinary write would have.
+        os.chmod(beside, 0o666 & ~_umask())
+        os.replace(beside, target)
+    except BaseException:
+        os.unlink(beside)
+        raise
+    _sync_folder(target.parent)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    # A rename is durable only once its folder is; Windows cannot open folders and needs no such call.
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,186 @@
+"""The search as an Optuna sampler: evolution seeded and mutated by a prior, always inside the budget.
+
+Optuna is imported here at the top; import this module only where a search runs.
+
+Legend: G channel groups, N settings.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
+from optuna.samplers import BaseSampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from psenet.budget import Limits
+from psenet.prior import Prior
+from psenet.proposal import Proposal
+from psenet.space import WidthSpace
+from psenet.widths import Widths
+
+_TRIES = 16
+"""Children drawn before the settings left are listed one by one."""
+_LISTED = 4096
+"""Settings listed beyond those already known."""
+
+
+class SpaceExhausted(RuntimeError):  # noqa: N818 - says what happened, as StopIteration does
+    """Every setting inside the limits has been proposed already."""
+
+
+class PriorEvolutionSampler(BaseSampler):
+    """Propose widths by evolution: prior samples first, then children of the best, repaired into the limits.
+
+    A proposal depends on `seed`, on the number of different settings proposed before and on the completed trials:
+    a study that was interrupted and goes on in one process proposes what it would have proposed without the break.
+
+    Args:
+        space: The width space.
+        limits: Reachable limits; no setting outside them is ever proposed.
+        prior: What is known before the search; None for nothing.
+        seed: Seed of all proposals.
+        population_size: Parents are chosen among so many best trials.
+        num_seeds: How many settings come from the prior before the first child.
+        fresh_share: Share of prior samples among later proposals.
+        learn: Whether the prior learns from completed trials.
+    """
+
+    def __init__(
+        self,
+        space: WidthSpace,
+        limits: Limits,
+        *,
+        prior: Prior | None = None,
+        seed: int = 0,
+        population_size: int = 16,
+        num_seeds: int = 12,
+        fresh_share: float = 0.2,
+        learn: bool = True,
+    ) -> None:
+        self.space = space
+        self.limits = limits
+        self.seed = seed
+        self.population_size = population_size
+        self.num_seeds = num_seeds
+        self.fresh_share = fresh_share
+        self.learn = learn
+        self._informed = prior is not None
+        self._prior = prior or Prior.uniform(space)
+        self.distributions = width_distributions(space)
+        self._rows: dict[int, tuple[dict[str, Any], np.ndarray]] = {}
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """Return one distribution for each group."""
+        return self.distributions
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Return the widths of the next trial; see `propose`."""
+        others = [other for other in study.get_trials(deepcopy=False) if other.number != trial.number]
+        return dict(self.propose(others))
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """Refuse: a group alone says nothing about the limits.
+
+        Raises:
+            ValueError: Always; the objective asks for a parameter that is no group of the space.
+        """
+        raise ValueError(f"parameter {param_name!r} is no channel group of the space, or its choices differ")
+
+    def propose(self, trials: Iterable[FrozenTrial]) -> Widths:
+        """Return a setting inside the limits that none of the trials has.
+
+        Args:
+            trials: All trials of the study, in any state.
+
+        Raises:
+            SpaceExhausted: The trials have every setting inside the limits.
+        """
+        known, parents_NG, scores_N = self._read(trials)
+        rng = np.random.default_rng([self.seed, len(known)])
+        prior = self._prior
+        if self.learn and len(scores_N) >= 4:
+            prior = prior.updated(self._prior.levels.widths(parents_NG), scores_N.tolist())
+        proposal = prior.proposal(self.limits)
+        for attempt in range(_TRIES):
+            # A converged population breeds what is known; later attempts mutate more.
+            child_G = self._child(proposal, parents_NG, scores_N, len(known), attempt, rng)
+            if child_G.tobytes() not in known:
+                return self._widths(proposal, child_G)
+        return self._widths(proposal, self._unseen(proposal, known, rng))
+
+    def _read(self, trials: Iterable[FrozenTrial]) -> tuple[set[bytes], np.ndarray, np.ndarray]:
+        """Return all settings known, and levels and scores of the completed ones."""
+        rows: list[np.ndarray] = []
+        scores: list[float] = []
+        for trial in trials:
+            row_G = self._levels_of(trial)
+            if row_G is not None:
+                rows.append(row_G)
+                scores.append(trial.values[0] if trial.state == TrialState.COMPLETE and trial.values else np.nan)
+        levels_NG = np.array(rows, dtype=np.int64).reshape(len(rows), len(self.space.groups))
+        scores_N = np.array(scores, dtype=np.float64)
+        done_N = np.isfinite(scores_N)
+        return {row_G.tobytes() for row_G in rows}, levels_NG[done_N], scores_N[done_N]
+
+    def _levels_of(self, trial: FrozenTrial) -> np.ndarray | None:
+        """Return a trial's levels, shape (G,), or None while it has not all its widths."""
+        known = self._rows.get(trial.number)
+        # The same sampler may serve another study, so a number alone says nothing.
+        if known is None or known[0] != trial.params:
+            if any(group.name not in trial.params for group in self.space.groups):
+                return None
+            widths_1G = np.array([[trial.params[group.name] for group in self.space.groups]], dtype=np.int64)
+            known = self._rows[trial.number] = (dict(trial.params), self._prior.levels.levels(widths_1G)[0])
+        return known[1]
+
+    def _child(
+        self,
+        proposal: Proposal,
+        parents_NG: np.ndarray,
+        scores_N: np.ndarray,
+        num_known: int,
+        attempt: int,
+        rng: np.random.Generator,
+    ) -> np.ndarray:
+        """Make one setting inside the limits, shape (G,)."""
+        num_groups = len(self.space.groups)
+        if num_known < self.num_seeds or len(scores_N) < 2 or rng.random() < self.fresh_share:
+            likeliest = self._informed and num_known == 0 and attempt == 0
+            child_G = proposal.probability.argmax(axis=1) if likeliest else proposal.draw(1, rng)[0]
+        else:
+            order_N = np.argsort(-scores_N, kind="stable")[: self.population_size]
+            mother, father = (int(rng.integers(len(order_N), size=2).min()) for _ in range(2))
+            mix_G = rng.random(num_groups) < 0.5
+            child_G = np.where(mix_G, parents_NG[order_N[mother]], parents_NG[order_N[father]])
+            child_G = proposal.mutate(child_G, min(1.0, (1.0 + attempt) / num_groups), rng)
+        return proposal.grow(proposal.repair(child_G[None], rng)[0], rng)
+
+    def _unseen(self, proposal: Proposal, known: set[bytes], rng: np.random.Generator) -> np.ndarray:
+        listed_NG, _ = proposal.list_fitting(len(known) + _LISTED)
+        unseen_NG = listed_NG[[row_G.tobytes() not in known for row_G in listed_NG]]
+        if not len(unseen_NG):
+            # More settings than known are listed where there are more: the list is complete.
+            raise SpaceExhausted(f"all {len(listed_NG)} settings inside the limits are known")
+        return unseen_NG[(proposal.score(unseen_NG) + rng.gumbel(size=len(unseen_NG))).argmax()]
+
+    def _widths(self, proposal: Proposal, levels_G: np.ndarray) -> Widths:
+        return self.space.from_array(proposal.levels.widths(levels_G[None]))[0]
+
+
+def width_distributions(space: WidthSpace) -> dict[str, BaseDistribution]:
+    """Return an Optuna distribution for each group; its values are the widths themselves."""
+    return {group.name: _distribution(group.choices) for group in space.groups}
+
+
+def _distribution(choices: Sequence[int]) -> BaseDistribution:
+    gaps = set(np.diff(choices).tolist()) or {1}
+    if len(gaps) > 1:
+        return CategoricalDistribution(choices)
+    # Evenly spaced widths are ordered numbers to Optuna's own samplers and to its dashboard.
+    return IntDistribution(choices[0], choices[-1], step=gaps.pop())
