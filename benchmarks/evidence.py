@@ -1,0 +1,44 @@
+"""What every benchmark writes beside its figures: command, commit, versions, hardware."""
+
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from psenet.result import hardware, versions
+from psenet.rundir import write_json
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def write_result(name: str, figures: dict[str, Any], *, seed: int | None = None) -> Path:
+    """Write one result file and return its path."""
+    path = RESULTS / f"{name}.json"
+    write_json(
+        path,
+        {
+            "command": shlex.join(["python", *sys.argv]),
+            "commit": _commit(),
+            "seed": seed,
+            "versions": versions(),
+            "hardware": {**hardware(), "processor": _processor()},
+            **figures,
+        },
+    )
+    return path
+
+
+def _commit() -> str:
+    run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return run.stdout.strip() or "unknown"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
