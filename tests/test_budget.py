@@ -1,0 +1,127 @@
+import numpy as np
+import pytest
+
+from psenet.budget import Budget, Limits, resolve_limits
+from psenet.cost import LinearForm, PeakCost, ProductCost
+from psenet.errors import InputError
+from psenet.space import ChannelGroup, SpaceCosts, WidthSpace
+from psenet.widths import Widths
+
+
+@pytest.fixture
+def space() -> WidthSpace:
+    """MACs 100 a b, params 10 a + b, memory 8 a: full 6400, 88, 64; smallest 400, 22, 16."""
+    groups = [ChannelGroup("a", 8, (2, 4, 6, 8), ("a",)), ChannelGroup("b", 8, (2, 4, 6, 8), ("b",))]
+    a, b, one = LinearForm(0, ((0, 1),)), LinearForm(0, ((1, 1),)), LinearForm(1)
+    costs = SpaceCosts(
+        macs=ProductCost([(100, a, b)], 2),
+        params=ProductCost([(10, a, one), (1, b, one)], 2),
+        memory=PeakCost([LinearForm(0, ((0, 8),))], 2),
+    )
+    return WidthSpace(groups, costs)
+
+
+@pytest.mark.parametrize(
+    ("value", "limit"),
+    [("50%", 3200), (" 12.5 % ", 800), ("1000", 1000), (1000, 1000), ("2.5k", 2500), (".5k", 500), ("100%", 6400)],
+)
+def test_macs_are_counts_or_shares_of_the_full_model(space: WidthSpace, value: int | str, limit: int):
+    assert Budget(macs=value).resolve(space) == Limits(macs=limit)
+
+
+@pytest.mark.parametrize(("value", "num"), [("300M", 300 * 10**6), ("1.5G", 1500 * 10**6), ("0.3k", 300)])
+def test_units_are_powers_of_a_thousand(value: str, num: int):
+    wide = WidthSpace(
+        [ChannelGroup("a", 2, (1, 2), ("a",))],
+        SpaceCosts(
+            macs=ProductCost([(10**9, LinearForm(0, ((0, 1),)), LinearForm(1)), (1, LinearForm(1), LinearForm(1))], 1),
+            params=ProductCost([], 1),
+            memory=PeakCost([], 1),
+        ),
+    )
+    if num >= 10**9:
+        assert Budget(macs=value).resolve(wide).macs == num
+    else:
+        with pytest.raises(InputError, match=f"is {num} and cannot be reached: the smallest reachable is 1000000001"):
+            Budget(macs=value).resolve(wide)
+
+
+@pytest.mark.parametrize(
+    ("value", "num"),
+    [("4 MB", 4_000_000), ("512 KiB", 524_288), ("2MiB", 2_097_152), ("4M", 4_000_000), ("100 kB", 100_000)],
+)
+def test_memory_also_takes_units_of_bytes(value: str, num: int):
+    big = WidthSpace(
+        [ChannelGroup("a", 10**7, (1, 10**7), ("a",))],
+        SpaceCosts(macs=ProductCost([], 1), params=ProductCost([], 1), memory=PeakCost([LinearForm(0, ((0, 1),))], 1)),
+    )
+    assert Budget(memory=value).resolve(big) == Limits(memory=num)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["5O%", "", "-3M", "abc", "0%", "0", 0, -1, float("nan"), float("inf"), "nan", True, "4 MB", "1e6", "3 M M"],
+)
+def test_a_malformed_limit_is_named_with_good_examples(value: object):
+    with pytest.raises(InputError, match=r"budget's macs must be .* such as 300M, 1.5G, 1000000 or 50%; got"):
+        Budget(macs=value)  # pyright: ignore[reportArgumentType]
+
+
+def test_all_malformed_limits_are_named_together():
+    with pytest.raises(InputError, match=r"macs must be .*'5O%'; the budget's memory must be .*'4 parsecs'"):
+        Budget(macs="5O%", params="2M", memory="4 parsecs")
+
+
+def test_a_share_above_the_full_model_is_refused():
+    with pytest.raises(InputError, match=r"params must be above 0% and at most 100% of the full model.*'101%'"):
+        Budget(params="101%")
+
+
+def test_a_count_above_the_full_model_leaves_nothing_to_prune(space: WidthSpace):
+    with pytest.raises(InputError, match=r"macs='7k' is above the full model's 6.4k MACs \(6400\): nothing to prune"):
+        Budget(macs="7k").resolve(space)
+
+
+def test_a_budget_without_a_limit_is_refused():
+    with pytest.raises(InputError, match="at least one limit"):
+        Budget()
+
+
+def test_unreachable_limits_are_all_named_with_the_smallest_reachable(space: WidthSpace):
+    with pytest.raises(InputError) as caught:
+        Budget(macs="6.24%", params=21, memory="16").resolve(space)
+    message = str(caught.value)
+    assert "macs='6.24%' is 399 and cannot be reached: the smallest reachable is 400 (6.25% of the full" in message
+    assert "params=21 is 21 and cannot be reached: the smallest reachable is 22 (25% of the full model's 88)" in message
+    assert "memory" not in message
+    assert "lower min_ratio" in message
+
+
+def test_the_smallest_reachable_share_that_a_message_names_is_accepted(space: WidthSpace):
+    assert Budget(macs="6.25%", params="25%", memory="25%").resolve(space) == Limits(400, 22, 16)
+
+
+def test_limits_accept_exactly_what_costs_no_more(space: WidthSpace):
+    limits = Limits(macs=2400, params=60, memory=48)
+    rows = np.array([(a, b) for a in (2, 4, 6, 8) for b in (2, 4, 6, 8)])
+    expected = [100 * a * b <= 2400 and 10 * a + b <= 60 and 8 * a <= 48 for a, b in rows.tolist()]
+    assert limits.accepts(space, rows).tolist() == expected
+    assert any(expected) and not all(expected)
+    assert limits.holds(space, Widths({"a": 4, "b": 6}))
+    assert not limits.holds(space, Widths({"a": 6, "b": 4}))
+
+
+def test_limits_are_described_for_a_person(space: WidthSpace):
+    limits = Limits(macs=3200, params=44, memory=32)
+    assert limits.describe(space) == (
+        "at most 3.2k MACs (50.0 % of the full model), 44 params (50.0 % of the full model), "
+        "32 B of activation memory (50.0 % of the full model)"
+    )
+
+
+def test_ready_limits_are_checked_as_a_budget_is(space: WidthSpace):
+    assert resolve_limits(Limits(macs=400), space) == Limits(macs=400)
+    with pytest.raises(InputError, match="macs limit 399 cannot be reached: the smallest reachable is 400"):
+        resolve_limits(Limits(macs=399), space)
+    with pytest.raises(TypeError, match="a budget is a psenet.Budget"):
+        resolve_limits("50%", space)  # pyright: ignore[reportArgumentType]
