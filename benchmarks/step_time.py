@@ -63,7 +63,8 @@ def measure(spec: str, size: int, batch: int, rounds: int, num_subnets: int) -> 
 
     for _ in range(12):  # every stratum once or more: kernels are made at the first sight of a shape
         parallel_step()
-    plain_step(), sandwich_step()
+    plain_step()
+    sandwich_step()
     seconds = np.array(
         [
             [

@@ -6,11 +6,15 @@ of one sample. All dropouts have probability 0, so that train mode can be compar
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+import psenet
+from psenet.space import WidthSpace
 
 
 @dataclass(frozen=True)
@@ -323,12 +327,21 @@ TIMM_SIDES = {
 SLOW_TIMM_SIDES = {"densenet121": 32, "vgg11_bn": 32}
 
 
+@cache
+def traced(name: str, *, divisor: int = 4) -> tuple[nn.Module, WidthSpace]:
+    """Return a network in float64 and its space, made once for all tests: do not change them."""
+    architecture = ARCHITECTURES[name] if name in ARCHITECTURES else timm_architecture(name)
+    model = architecture.model(dtype=torch.float32)
+    space = psenet.trace(model, architecture.batch(2, dtype=torch.float32), divisor=divisor)
+    return model.double(), space
+
+
 def timm_architecture(name: str) -> Architecture:
     side = (TIMM_SIDES | SLOW_TIMM_SIDES)[name]
 
     def build() -> nn.Module:
         import timm
 
-        return timm.create_model(name, num_classes=5)
+        return timm.create_model(name, num_classes=5, drop_rate=0.0)
 
     return Architecture(build, (3, side, side))

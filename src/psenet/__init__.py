@@ -1,7 +1,7 @@
 """psenet: make a convolutional network smaller by choosing how many channels each layer keeps.
 
-The way through the package, in the order data flows: `trace` a model to a `WidthSpace`, make a `Supernet`, train it with
-`train_supernet`, fit a `Prior`, `search` inside a `Budget` with a `SupernetScore`, `Supernet.extract` the winner.
+The way through the package, in the order data flows: `trace` a model to a `WidthSpace`, make a `Supernet`, train it
+with `train_supernet`, fit a `Prior`, `search` inside a `Budget` with a `SupernetScore`, `Supernet.extract` the winner.
 `prune` does all of it.
 """
 

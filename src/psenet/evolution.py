@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -77,6 +77,7 @@ def search(
     score_fn: Callable[[Widths], float],
     *,
     prior: Prior | None = None,
+    first: Sequence[Widths] = (),
     num_evaluations: int = 200,
     seed: int = 0,
     storage: str | os.PathLike[str] | None = None,
@@ -92,6 +93,7 @@ def search(
         budget: Upper limits; nothing outside them is evaluated.
         score_fn: Scores one setting, higher is better. A score that is not finite marks the candidate as failed.
         prior: Where good widths are likely, as learned from training; None to start from nothing.
+        first: Settings inside the budget to evaluate before all others, such as the uniform one to be beaten.
         num_evaluations: How many evaluations inside the budget to have in the end, those in `storage` included.
         seed: Seed of the proposals.
         storage: None keeps the study in memory; a path keeps it in a journal file; a URL such as
@@ -117,11 +119,14 @@ def search(
 
     limits = resolve_limits(budget, space)
     _check_settings(space, prior, num_evaluations=num_evaluations, population_size=population_size, seed=seed)
+    outside = [dict(widths) for widths in first if not limits.holds(space, widths)]
+    if outside:
+        raise InputError(f"what the search shall try first must be inside the budget; outside are: {outside[:3]}")
     sampler = PriorEvolutionSampler(space, limits, prior=prior, seed=seed, population_size=population_size, learn=learn)
     with _quiet_optuna():
         study = _open_study(storage, study_name or "psenet", sampler, space)
         put_back_orphans(study)
-        return _Run(space, limits, study, sampler, num_evaluations, progress).until_done(score_fn)
+        return _Run(space, limits, study, sampler, tuple(first), num_evaluations, progress).until_done(score_fn)
 
 
 class _Run:
@@ -133,6 +138,7 @@ class _Run:
         limits: Limits,
         study: "Study",
         sampler: "PriorEvolutionSampler",
+        first: tuple[Widths, ...],
         num_evaluations: int,
         progress: Callable[[SearchProgress], None] | None,
     ) -> None:
@@ -140,6 +146,7 @@ class _Run:
         self._limits = limits
         self._study = study
         self._sampler = sampler
+        self._first = first
         self._num_evaluations = num_evaluations
         self._progress = progress
         # By trial number; None for those outside this budget.
@@ -175,7 +182,9 @@ class _Run:
         trials = self._study.get_trials(deepcopy=False)
         if not any(trial.state == TrialState.WAITING for trial in trials):
             # Added whole and then asked for: one write, where suggesting each group would be one write a group.
-            widths = self._sampler.propose(trials)
+            tried = [trial.params for trial in trials]
+            untried = (widths for widths in self._first if dict(widths) not in tried)
+            widths = next(untried, None) or self._sampler.propose(trials)
             self._study.add_trial(
                 create_trial(
                     state=TrialState.WAITING,

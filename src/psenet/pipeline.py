@@ -19,7 +19,7 @@ from psenet.artifact import write_bytes
 from psenet.budget import Budget, Limits
 from psenet.errors import InputError
 from psenet.estimate import estimate_seconds, say_duration
-from psenet.evaluate import SupernetScore, accuracy, recalibrate
+from psenet.evaluate import SupernetScore, accuracy, accuracy_then_loss, recalibrate
 from psenet.evolution import Evaluation, SearchProgress, search
 from psenet.export import ExportReport, export_model
 from psenet.history import History
@@ -301,7 +301,9 @@ class _Run:
 
     def _search(self, supernet: Supernet, history: History) -> tuple[Evaluation, int]:
         self.say(f"searching, {self.config.num_evaluations} candidates")
-        score_fn = SupernetScore(supernet, self.loaders.calibration, self.loaders.validation)
+        score_fn = SupernetScore(
+            supernet, self.loaders.calibration, self.loaders.validation, score_fn=accuracy_then_loss
+        )
         total = self.config.num_evaluations
         with (
             self.folder.stage("search"),
@@ -317,6 +319,7 @@ class _Run:
                 self.limits,
                 score_fn,
                 prior=Prior.fit(history, self.space) if len(history) else None,
+                first=[uniform_widths(self.space, self.limits)],
                 num_evaluations=total,
                 seed=self.config.seed,
                 storage=self.folder.file("stages/study.journal"),

@@ -73,12 +73,18 @@ class Supernet(nn.Module):
         return self._pass(x, subnets, self.ceiling(subnets))
 
     def ceiling(self, widths: Sequence[Widths]) -> Widths:
-        """Return the lowest stratum that holds all of these subnets."""
+        """Return the lowest stratum that holds all of these subnets.
+
+        Raises:
+            InputError: Widths are not of this space.
+        """
+        for setting in widths:
+            self.space.check(setting)
         tops = self.space.to_array(widths).max(axis=0)
         for stratum, row in zip(self.strata, self.space.to_array(self.strata), strict=True):
             if (row >= tops).all():
                 return stratum
-        raise InputError("these widths are wider than the full model")
+        raise AssertionError("the highest stratum is the full model")
 
     def subnet(self, widths: Widths) -> nn.Module:
         """Return a plain module that shares the supernet's weights.

@@ -328,9 +328,11 @@ class Reader:
             if node.name in self.state_names or node.op not in ("placeholder", "call_function"):
                 continue
             source = _aliased(node)
-            root[node] = node if source is None else root.get(source, node)
+            first = node if source is None else root.get(source, node)
+            assert first is not None
+            root[node] = first
             positions = [position, *(self._position(user) for user in node.users)]
-            last_use[root[node]] = max(last_use.get(root[node], 0), *positions)
+            last_use[first] = max(last_use.get(first, 0), *positions)
         alive: set[fx.Node] = set()
         for position, node in enumerate(self._graph.nodes):
             if root.get(node) is not node:
