@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ def estimate_seconds(
     num_validation: int,
     num_evaluations: int,
     keep_ratio: float,
+    device: torch.device,
 ) -> dict[str, float]:
     """Return the expected seconds of each stage, from timing a few steps on copies.
 
@@ -42,11 +43,12 @@ def estimate_seconds(
         num_validation: Images a candidate is scored on.
         num_evaluations: Candidates.
         keep_ratio: MACs of the nets to fine-tune as a share of the full model's.
+        device: Where the run will train.
     """
-    x, labels = batch
-    plain = copy.deepcopy(model).train()
+    x, labels = batch[0].to(device), batch[1].to(device)
+    plain = copy.deepcopy(model).to(device).train()
     plain_seconds = _median_seconds(lambda: _step(plain, plain(x), labels))
-    elastic = copy.deepcopy(supernet).train()
+    elastic = copy.deepcopy(supernet).to(device).train()
     chosen = make_strategy(strategy, supernet.space, num_subnets=min(num_subnets, len(x)), seed=0)
 
     def supernet_step() -> None:
@@ -80,9 +82,11 @@ def _step(module: nn.Module, outputs: Any, labels: torch.Tensor) -> None:
 
 
 def _median_seconds(run: Callable[[], Any]) -> float:
-    seconds: Sequence[float] = []
+    seconds: list[float] = []
     for _ in range(_WARMUP + _MEASURED):
         start = time.perf_counter()
         run()
-        seconds = [*seconds, time.perf_counter() - start]
+        if torch.cuda.is_available():  # work is queued there, and this is the end of the queue
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
     return float(np.median(seconds[_WARMUP:]))

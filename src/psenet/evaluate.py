@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from psenet.devices import device_of, to_device
 from psenet.errors import InputError
 from psenet.widths import Widths
 
@@ -66,9 +66,9 @@ def recalibrate(module: nn.Module, batches: Iterable[Any], *, forward_fn: Forwar
     if not norms:
         return 0
     run = forward_fn or _forward_first
-    num_batches = 0
+    num_batches, place = 0, device_of(module)
     with eval_mode(module), _cumulative_statistics(norms), torch.no_grad():
-        for batch in batches:
+        for batch in (to_device(batch, place) for batch in batches):
             if num_batches == 0:
                 for norm in norms:
                     norm.reset_running_stats()
@@ -77,39 +77,6 @@ def recalibrate(module: nn.Module, batches: Iterable[Any], *, forward_fn: Forwar
     if num_batches == 0:
         raise InputError("recalibration needs at least one batch; got none: check the calibration data")
     return len(norms)
-
-
-def accuracy_then_loss(module: nn.Module, batches: Iterable[Any], *, forward_fn: ForwardFn | None = None) -> float:
-    """Return the top-1 accuracy in percent, ties broken by the cross entropy.
-
-    On a few hundred validation samples many candidates classify the same number correctly. Among those the one with
-    the lower loss is better; the loss never outweighs one sample.
-
-    Args:
-        module: Returns logits of shape (B, classes).
-        batches: Pairs (x, y), y the class numbers, shape (B,).
-        forward_fn: Runs the module on one batch; by default `module(batch[0])`.
-
-    Returns:
-        `accuracy - 100 / N * loss / (1 + loss)` for N samples; NaN if any logit is NaN or infinite.
-
-    Raises:
-        As `accuracy` does.
-    """
-    run = forward_fn or _forward_first
-    total_loss: torch.Tensor | float = 0.0
-    num_labels = 0
-
-    def run_and_add(module: nn.Module, batch: Any) -> Any:
-        nonlocal total_loss, num_labels
-        logits, labels = _checked(run(module, batch), batch)
-        total_loss = total_loss + F.cross_entropy(logits, labels, reduction="sum")
-        num_labels += labels.numel()
-        return logits
-
-    percent = accuracy(module, batches, forward_fn=run_and_add)
-    loss = float(total_loss) / num_labels
-    return percent - 100.0 / num_labels * loss / (1.0 + loss)
 
 
 def accuracy(module: nn.Module, batches: Iterable[Any], *, forward_fn: ForwardFn | None = None) -> float:
@@ -132,9 +99,10 @@ def accuracy(module: nn.Module, batches: Iterable[Any], *, forward_fn: ForwardFn
     num_correct: torch.Tensor | int = 0
     num_labels = 0
     all_finite: torch.Tensor | bool = True
+    place = device_of(module)
     with eval_mode(module), torch.no_grad():
         # Counted on the device: the one transfer at the end is the only point that waits for an accelerator.
-        for batch in batches:
+        for batch in (to_device(batch, place) for batch in batches):
             logits, labels = _checked(run(module, batch), batch)
             num_correct = num_correct + (logits.argmax(dim=1) == labels).sum()
             all_finite = torch.isfinite(logits).all() & all_finite
@@ -142,6 +110,30 @@ def accuracy(module: nn.Module, batches: Iterable[Any], *, forward_fn: ForwardFn
     if num_labels == 0:
         raise InputError("accuracy needs at least one labelled sample; got none: check the validation data")
     return 100.0 * float(num_correct) / num_labels if bool(all_finite) else math.nan
+
+
+def soft_accuracy(module: nn.Module, batches: Iterable[Any], *, forward_fn: ForwardFn | None = None) -> float:
+    """Return the mean probability of the true class in percent, 0 to 100, in eval mode.
+
+    On a few hundred samples many candidates classify the same number correctly, and which of them gets one more is
+    chance. The probabilities tell them apart with much less noise, and unlike the loss they are bounded: one sample
+    that is very wrong does not decide.
+
+    Takes, returns and raises what `accuracy` does.
+    """
+    run = forward_fn or _forward_first
+    total: torch.Tensor | float = 0.0
+    num_labels = 0
+
+    def run_and_add(module: nn.Module, batch: Any) -> Any:
+        nonlocal total, num_labels
+        logits, labels = _checked(run(module, batch), batch)
+        total = total + logits.float().softmax(dim=1).gather(1, labels.unsqueeze(1)).sum()
+        num_labels += labels.numel()
+        return logits
+
+    is_finite = math.isfinite(accuracy(module, batches, forward_fn=run_and_add))
+    return 100.0 * float(total) / num_labels if is_finite else math.nan
 
 
 class SupernetScore:
@@ -177,9 +169,9 @@ class SupernetScore:
         self._supernet = supernet
         self._score_fn = score_fn
         self._forward_fn = forward_fn
-        place = torch.device(device) if device is not None else _device_of(supernet)
-        self._calibration = [_to_device(batch, place) for batch in calibration]
-        self._validation = [_to_device(batch, place) for batch in validation]
+        place = torch.device(device) if device is not None else device_of(supernet)
+        self._calibration = [to_device(batch, place) for batch in calibration]
+        self._validation = [to_device(batch, place) for batch in validation]
         empty = [
             name
             for name, batches in (("calibration", self._calibration), ("validation", self._validation))
@@ -244,20 +236,3 @@ def _checked(logits: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
             f"{tuple(logits.shape)} and {tuple(labels.shape)}: give a score_fn for other outputs"
         )
     return logits, labels
-
-
-def _device_of(supernet: HasSubnets) -> torch.device | None:
-    first = next(supernet.parameters(), None) if isinstance(supernet, nn.Module) else None
-    return None if first is None else first.device
-
-
-def _to_device(batch: Any, device: torch.device | None) -> Any:
-    if isinstance(batch, torch.Tensor):
-        return batch if device is None else batch.to(device)
-    if isinstance(batch, dict):
-        return {key: _to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_to_device(value, device) for value in batch))
-    if isinstance(batch, list | tuple):
-        return type(batch)(_to_device(value, device) for value in batch)
-    return batch

@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader
 
 from psenet.artifact import write_bytes
 from psenet.budget import Budget, Limits
+from psenet.devices import on_device
 from psenet.errors import InputError
 from psenet.estimate import estimate_seconds, say_duration
-from psenet.evaluate import SupernetScore, accuracy, accuracy_then_loss, recalibrate
+from psenet.evaluate import SupernetScore, accuracy, recalibrate, soft_accuracy
 from psenet.evolution import Evaluation, SearchProgress, search
 from psenet.export import ExportReport, export_model
 from psenet.history import History
@@ -33,6 +34,7 @@ from psenet.rundir import RunDirectory, write_json
 from psenet.space import WidthSpace
 from psenet.supernet import Supernet
 from psenet.training.config import TrainConfig
+from psenet.training.loop import make_accelerator
 from psenet.training.plain import train_model
 from psenet.training.supernet import train_supernet
 from psenet.widths import Widths
@@ -166,8 +168,18 @@ def prune(
         names=names,
         say=say or (lambda line: None),
         show_progress=show_progress,
+        device=make_accelerator().device,
     )
     return run.run()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Finalist:
+    """A net of the budget, before and after fine-tuning."""
+
+    widths: Widths
+    module: nn.Module
+    before: nn.Module
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,25 +197,34 @@ class _Run:
     names: dict[str, str]
     say: Say
     show_progress: bool
+    device: torch.device
+    """Where nets are trained and scored; between the stages they are on the CPU."""
 
     def run(self) -> PruneResult:
         self._announce()
         baseline = self._baseline()
         supernet, history = self._supernet(baseline)
         best, num_evaluated = self._search(supernet, history)
-        uniform = uniform_widths(self.space, self.limits)
-        nets = {"pruned": best.widths, "uniform": uniform}
-        before = {name: self._extracted(supernet, widths) for name, widths in nets.items()}
-        tuned = {name: self._finetuned(name, net, baseline) for name, net in before.items()}
+        searched = uniform = self._finalist("searched", best.widths, supernet, baseline)
+        plain_widths = uniform_widths(self.space, self.limits)
+        if plain_widths != best.widths:
+            uniform = self._finalist("uniform", plain_widths, supernet, baseline)
+        kept = self._choose({"searched": searched, "uniform": uniform})
+        pruned = searched if kept == "searched" else uniform
         self.say("testing, measuring latency, exporting")
-        record = self._figures(baseline, nets, before, tuned)
+        record = self._figures(baseline, {"pruned": pruned, "uniform": uniform})
         report = export_model(
-            tuned["pruned"], self.example, self.folder.path / "model", widths=best.widths, details=self._details()
+            pruned.module, self.example, self.folder.path / "model", widths=pruned.widths, details=self._details()
         )
         for problem in report.problems:
             self.say(f"export: {problem}")
         record |= {
-            "search": {"num_evaluations": num_evaluated, "best_score": best.score, "history": len(history)},
+            "search": {
+                "num_evaluations": num_evaluated,
+                "best_score": best.score,
+                "history": len(history),
+                "kept": kept,
+            },
             "export": {
                 "bytes": dict(report.bytes),
                 "onnx_max_relative_difference": report.onnx_max_relative_difference,
@@ -211,7 +232,7 @@ class _Run:
             },
         }
         write_json(self.folder.file("result.json"), record)
-        return PruneResult(model=tuned["pruned"], widths=best.widths, space=self.space, record=record, export=report)
+        return PruneResult(model=pruned.module, widths=pruned.widths, space=self.space, record=record, export=report)
 
     # Stages -------------------------------------------------------------------------------------------------------
 
@@ -252,6 +273,7 @@ class _Run:
             num_validation=_num_images(self.loaders.validation),
             num_evaluations=config.num_evaluations,
             keep_ratio=(self.limits.macs or full) / full,
+            device=self.device,
         )
 
     def _baseline(self) -> nn.Module:
@@ -272,7 +294,7 @@ class _Run:
                     )
                 _save_state(order_channels(self.model, self.space), path)
         _load_state(self.model, path)
-        self.say(f"baseline: {accuracy(self.model, self.loaders.validation):.2f} % on validation data")
+        self.say(f"baseline: {self._score(self.model, accuracy):.2f} % on validation data")
         return self.model.eval()
 
     def _supernet(self, baseline: nn.Module) -> tuple[Supernet, History]:
@@ -301,23 +323,21 @@ class _Run:
 
     def _search(self, supernet: Supernet, history: History) -> tuple[Evaluation, int]:
         self.say(f"searching, {self.config.num_evaluations} candidates")
-        score_fn = SupernetScore(
-            supernet, self.loaders.calibration, self.loaders.validation, score_fn=accuracy_then_loss
-        )
         total = self.config.num_evaluations
         with (
             self.folder.stage("search"),
+            on_device(supernet, self.device),
             progress_bar("search", total=total, show=self.show_progress) as advance,
         ):
 
             def progress(state: SearchProgress) -> None:
-                advance(state.num_done, f"best {state.best.score:.2f} %" if state.best else "")
+                advance(state.num_done, f"best {state.best.score:.2f}" if state.best else "")
 
             self._seed(3)
             found = search(
                 self.space,
                 self.limits,
-                score_fn,
+                SupernetScore(supernet, self.loaders.calibration, self.loaders.validation, score_fn=soft_accuracy),
                 prior=Prior.fit(history, self.space) if len(history) else None,
                 first=[uniform_widths(self.space, self.limits)],
                 num_evaluations=total,
@@ -327,23 +347,24 @@ class _Run:
             )
         best = found.best
         write_json(self.folder.file("stages/search.json"), {"widths": dict(best.widths), "score": best.score})
-        self.say(f"best candidate: {best.score:.2f} % on validation data at {best.macs / 1e6:.1f}M MACs")
+        self.say(
+            f"winner: score {best.score:.2f} at {best.macs / 1e6:.1f}M MACs, best of {len(found.evaluated)}; "
+            "the score is the mean probability of the true class on validation data, in percent"
+        )
         return best, len(found.evaluated)
 
-    def _extracted(self, supernet: Supernet, widths: Widths) -> nn.Module:
-        net = supernet.extract(widths)
-        recalibrate(net, self.loaders.calibration)
-        return net.eval()
-
-    def _finetuned(self, name: str, net: nn.Module, baseline: nn.Module) -> nn.Module:
-        path = self.folder.file(f"stages/{name}.safetensors")
-        tuned = copy.deepcopy(net)
+    def _finalist(self, name: str, widths: Widths, supernet: Supernet, baseline: nn.Module) -> _Finalist:
+        """Extract a net and fine-tune it; its fine-tuned weights are the stage's result."""
+        net = supernet.extract(widths).eval()
+        with on_device(net, self.device):
+            recalibrate(net, self.loaders.calibration)
+        before, path = copy.deepcopy(net), self.folder.file(f"stages/{name}.safetensors")
         if not path.exists():
             self.say(f"fine-tuning the {name} net")
             with self.folder.stage("finetune"):
                 self._seed(4)
                 train_model(
-                    tuned,
+                    net,
                     self.loaders.train,
                     config=self.config.finetune,
                     teacher=baseline,
@@ -351,20 +372,33 @@ class _Run:
                     description=f"fine-tune {name}",
                     show_progress=self.show_progress,
                 )
-                _save_state(tuned, path)
-        _load_state(tuned, path)
-        return tuned.eval()
+                _save_state(net, path)
+        _load_state(net, path)
+        return _Finalist(widths=widths, module=net.eval(), before=before)
 
-    def _figures(
-        self,
-        baseline: nn.Module,
-        nets: dict[str, Widths],
-        before: dict[str, nn.Module],
-        tuned: dict[str, nn.Module],
-    ) -> dict[str, Any]:
+    def _choose(self, nets: Mapping[str, _Finalist]) -> str:
+        """Return the name of the finalist that is best on validation data, the searched one of equals.
+
+        The search ranks by borrowed weights; after fine-tuning the plain uniform net may turn out to be the better one.
+        """
+        scores = {name: self._score(net.module, soft_accuracy) for name, net in nets.items()}
+        kept = max(scores, key=lambda name: scores[name])
+        shown = ", ".join(
+            f"{name} {self._score(nets[name].module, accuracy):.2f} % (score {score:.2f})"
+            for name, score in scores.items()
+        )
+        self.say(f"fine-tuned, on validation data: {shown}; the {kept} net is kept")
+        return kept
+
+    def _score(self, net: nn.Module, score_fn: Callable[[nn.Module, Any], float], batches: Any = None) -> float:
+        with on_device(net, self.device):
+            return score_fn(net, self.loaders.validation if batches is None else batches)
+
+    def _figures(self, baseline: nn.Module, nets: Mapping[str, _Finalist]) -> dict[str, Any]:
         """Measure everything the result says. The only place that sees test data."""
         space, seconds = self.space, self.folder.seconds()
-        latency = measure_latency({"baseline": baseline, **tuned}, self.example)
+        modules = {"baseline": baseline.cpu(), **{name: net.module for name, net in nets.items()}}
+        latency = measure_latency(modules, self.example)
         test = self.loaders.validation if self.loaders.test is None else self.loaders.test
         record: dict[str, Any] = {
             "format": FORMAT,
@@ -374,19 +408,24 @@ class _Run:
             "seed": self.config.seed,
             "versions": versions(),
             "hardware": hardware(),
-            "baseline": net_record(space, space.full(), latency=latency["baseline"], accuracy=accuracy(baseline, test)),
+            "baseline": net_record(
+                space,
+                space.full(),
+                latency=latency["baseline"],
+                accuracy=self._score(baseline, accuracy, test),
+            ),
         }
-        for name, widths in nets.items():
+        for name, net in nets.items():
             record[name] = net_record(
                 space,
-                widths,
+                net.widths,
                 latency=latency[name],
-                accuracy=accuracy(tuned[name], test),
-                before_finetune=accuracy(before[name], test),
+                accuracy=self._score(net.module, accuracy, test),
+                before_finetune=self._score(net.before, accuracy, test),
             )
         return record | {
-            "widths": dict(nets["pruned"]),
-            "uniform_widths": dict(nets["uniform"]),
+            "widths": dict(nets["pruned"].widths),
+            "uniform_widths": dict(nets["uniform"].widths),
             "full_widths": dict(space.full()),
             "seconds": {**seconds, "total": round(sum(seconds.values()), 2)},
             "settings": self.config.as_dict(),

@@ -12,7 +12,9 @@
     widths       group name to width of the pruned net; uniform_widths, full_widths: the same of the others
     seconds      baseline, supernet, search, finetune, total
     settings     everything else the run was asked for
-    search       evaluations, best_score (validation), prior: how many subnets the history holds
+    search       num_evaluations; best_score: mean probability of the true class on validation data, in percent;
+                 history: how many subnets training visited; kept: "searched", or "uniform" where that net had the
+                 better score after fine-tuning
     export       problems, bytes by file name, onnx_max_relative_difference
 """
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NoReturn, Protocol
 
 import torch
 from torch import nn
@@ -52,10 +52,10 @@ def fit(
     show_progress: bool = True,
     max_steps: int | None = None,
 ) -> None:
-    """Train a module in place.
+    """Train a module in place, on the device that accelerate chooses.
 
     Args:
-        module: What to train; on return it is on the CPU again if it came from there.
+        module: What to train; however this ends, it is then where it came from.
         loader: Batches; the last one of an epoch may be smaller.
         step: One optimizer step's forward and backward passes.
         config: The settings.
@@ -74,7 +74,7 @@ def fit(
     from timm.optim import create_optimizer_v2  # pyright: ignore[reportPrivateImportUsage]
     from timm.scheduler.cosine_lr import CosineLRScheduler
 
-    accelerator = _accelerator(config)
+    accelerator = make_accelerator(config.mixed_precision)
     home = next(module.parameters()).device
     optimizer = create_optimizer_v2(
         module,
@@ -88,45 +88,77 @@ def fit(
     scheduler = CosineLRScheduler(
         optimizer, t_initial=num_steps, warmup_t=warmup, warmup_lr_init=config.learning_rate / 100, t_in_epochs=False
     )
-    prepared, optimizer, batches = accelerator.prepare(module, optimizer, loader)
-    keep = _Checkpoint(checkpoint, accelerator, prepared, optimizer, loader, dict(extras or {}), num_steps)
+    prepared, optimizer, batches = accelerator.prepare(_Shell(module), optimizer, loader)
+    keep = _Checkpoint(checkpoint, accelerator, module, optimizer, loader, dict(extras or {}), num_steps)
     first_epoch = keep.load()
     prepared.train()
-    with progress_bar(description, total=num_steps, done=first_epoch * len(loader), show=show_progress) as advance:
-        for epoch in range(first_epoch, config.epochs):
-            number, loss = 0, torch.zeros(())
-            for batch_number, batch in enumerate(batches):
-                number = epoch * len(loader) + batch_number
-                if number == max_steps:
-                    return
-                scheduler.step_update(number)
-                optimizer.zero_grad()
-                loss = step(prepared, batch, number, accelerator.backward)
-                optimizer.step()
-                if number % _CHECK_EVERY == 0:
-                    _check_finite(loss, number, checkpoint)
-                    advance(number + 1, f"loss {float(loss):.3f}")
-            _check_finite(loss, number, checkpoint)
-            advance(number + 1, f"loss {float(loss):.3f}")
-            keep.save(epoch + 1)
-    module.to(home)
+    try:
+        with progress_bar(description, total=num_steps, done=first_epoch * len(loader), show=show_progress) as advance:
+            for epoch in range(first_epoch, config.epochs):
+                number, loss = 0, torch.zeros(())
+                for batch_number, batch in enumerate(batches):
+                    number = epoch * len(loader) + batch_number
+                    if number == max_steps:
+                        return
+                    scheduler.step_update(number)
+                    optimizer.zero_grad()
+                    loss = step(prepared, batch, number, accelerator.backward)
+                    optimizer.step()
+                    if number % _CHECK_EVERY == 0:
+                        _check_finite(loss, number, checkpoint)
+                        advance(number + 1, f"loss {float(loss):.3f}")
+                _check_finite(loss, number, checkpoint)
+                _check_weights(module, number, checkpoint)
+                advance(number + 1, f"loss {float(loss):.3f}")
+                keep.save(epoch + 1)
+    finally:
+        module.to(home)
 
 
-def _accelerator(config: TrainConfig) -> "Accelerator":
+class _Shell(nn.Module):
+    """What accelerate prepares in place of the user's module, whose forward it would replace."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any) -> Any:
+        return self.module(*args)
+
+
+def make_accelerator(mixed_precision: Literal["no", "fp16", "bf16"] = "no") -> "Accelerator":
+    """Return the accelerator that trains here; its `device` is where.
+
+    Raises:
+        InputError: The device does not have this precision.
+    """
     from accelerate import Accelerator
 
     try:
-        return Accelerator(mixed_precision=config.mixed_precision, step_scheduler_with_optimizer=False)
+        return Accelerator(mixed_precision=mixed_precision, step_scheduler_with_optimizer=False)
     except ValueError as error:
-        raise InputError(f"mixed_precision={config.mixed_precision!r} is not possible here: {error}") from error
+        raise InputError(f"mixed_precision={mixed_precision!r} is not possible here: {error}") from error
 
 
 def _check_finite(loss: torch.Tensor, number: int, checkpoint: Path | None) -> None:
     if not torch.isfinite(loss).all():
-        kept = f"the last good epoch is kept in {checkpoint}" if checkpoint else "no checkpoint was asked for"
-        raise TrainingDivergedError(
-            f"the loss is {float(loss)} at step {number}: lower the learning rate or check the data; {kept}"
-        )
+        _diverged(f"the loss is {float(loss)} at step {number}", checkpoint)
+
+
+def _check_weights(module: nn.Module, number: int, checkpoint: Path | None) -> None:
+    """A last update can break the weights after a finite loss; such an epoch must not become the checkpoint."""
+    broken = [name for name, parameter in module.named_parameters() if not bool(parameter.isfinite().all())]
+    if broken:
+        _diverged(f"{len(broken)} weights are not finite after step {number}, {broken[0]} first", checkpoint)
+
+
+def _diverged(what: str, checkpoint: Path | None) -> NoReturn:
+    kept = (
+        f"the last good epoch is kept in {checkpoint}"
+        if checkpoint is not None and checkpoint.exists()
+        else "no epoch was finished before"
+    )
+    raise TrainingDivergedError(f"{what}: lower the learning rate or check the data; {kept}")
 
 
 class _Checkpoint:
@@ -136,7 +168,7 @@ class _Checkpoint:
         self,
         path: Path | None,
         accelerator: "Accelerator",
-        prepared: nn.Module,
+        module: nn.Module,
         optimizer: Any,
         loader: DataLoader,
         extras: dict[str, Stateful],
@@ -144,7 +176,7 @@ class _Checkpoint:
     ) -> None:
         self._path = path
         self._accelerator = accelerator
-        self._module = accelerator.unwrap_model(prepared)
+        self._module = module
         self._optimizer = optimizer
         self._loader = loader
         self._extras = extras
@@ -153,7 +185,7 @@ class _Checkpoint:
     def save(self, epochs_done: int) -> None:
         if self._path is None or not self._accelerator.is_main_process:
             return
-        generator = self._loader.generator
+        generator, scaler = self._loader.generator, self._accelerator.scaler
         state = {
             "epochs_done": epochs_done,
             "num_steps": self._num_steps,
@@ -161,7 +193,9 @@ class _Checkpoint:
             "optimizer": self._optimizer.state_dict(),
             "extras": {name: extra.state_dict() for name, extra in self._extras.items()},
             "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all(),
             "loader_rng": None if generator is None else generator.get_state(),
+            "scaler": None if scaler is None else scaler.state_dict(),
         }
 
         def write(stream: BinaryIO) -> None:
@@ -184,6 +218,10 @@ class _Checkpoint:
         for name, extra in self._extras.items():
             extra.load_state_dict(state["extras"][name])
         torch.set_rng_state(state["rng"])
+        if len(state["cuda_rng"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        if self._accelerator.scaler is not None and state["scaler"] is not None:
+            self._accelerator.scaler.load_state_dict(state["scaler"])
         if self._loader.generator is not None:
             self._loader.generator.set_state(state["loader_rng"])
         return int(state["epochs_done"])
