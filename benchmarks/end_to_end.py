@@ -25,12 +25,12 @@ NETS = ("baseline", "pruned", "uniform")
 CASES = {
     "digits": "--data digits --model psenet.models:digits_resnet --macs 50%",
     "cifar10-resnet20": (
-        "--model psenet.models:resnet20 --macs 50% --max-train-images 20000 --distill 0.5 "
-        "--baseline-epochs 15 --supernet-epochs 15 --finetune-epochs 6"
+        "--model psenet.models:resnet20 --macs 50% --max-train-images 15000 --distill 0.5 "
+        "--baseline-epochs 12 --supernet-epochs 12 --finetune-epochs 5 --evaluations 60"
     ),
     "cifar10-mobilenetv2": (
-        "--model timm:mobilenetv2_100 --macs 50% --image-size 64 --max-train-images 15000 --distill 0.5 "
-        "--baseline-epochs 10 --supernet-epochs 10 --finetune-epochs 4"
+        "--model timm:mobilenetv2_100 --macs 50% --image-size 64 --max-train-images 10000 --distill 0.5 "
+        "--baseline-epochs 10 --supernet-epochs 10 --finetune-epochs 4 --evaluations 60"
     ),
 }
 
