@@ -5,8 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 ImageTree = Callable[..., Path]
+
+# Tiny networks gain nothing from threads, and lose much where other programs want the processor too.
+torch.set_num_threads(1)
 
 
 @pytest.fixture

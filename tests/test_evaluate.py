@@ -4,11 +4,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.special import softmax
 from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
 
 from psenet.errors import InputError
-from psenet.evaluate import SupernetScore, accuracy, recalibrate
+from psenet.evaluate import SupernetScore, accuracy, recalibrate, soft_accuracy
 from psenet.widths import Widths
 
 
@@ -174,6 +175,81 @@ def test_accuracy_refuses_labels_that_do_not_go_with_the_logits():
 def test_accuracy_refuses_outputs_that_are_not_a_tensor():
     with pytest.raises(TypeError, match="got dict and Tensor: give a score_fn"):
         accuracy(nn.Identity(), [({"logits": torch.eye(4)}, torch.zeros(4))])
+
+
+# Soft accuracy --------------------------------------------------------------------------------------------------------
+
+
+def test_soft_accuracy_is_the_mean_probability_of_the_true_class_over_batches_of_different_size():
+    rng = np.random.default_rng(0)
+    logits, labels = 3 * rng.normal(size=(7, 5)), rng.integers(5, size=7)
+    batches = [(torch.from_numpy(logits[part]), torch.from_numpy(labels[part])) for part in (slice(0, 4), slice(4, 7))]
+    expected = 100 * softmax(logits, axis=1)[np.arange(7), labels].mean()
+    assert soft_accuracy(nn.Identity(), batches) == pytest.approx(expected, rel=1e-6)
+
+
+def test_soft_accuracy_tells_candidates_apart_that_are_right_equally_often():
+    labels = torch.arange(4)
+    sure, unsure = [(torch.eye(4) * 9, labels)], [(torch.eye(4), labels)]
+    assert accuracy(nn.Identity(), sure) == accuracy(nn.Identity(), unsure) == 100.0
+    assert 99 < soft_accuracy(nn.Identity(), sure) < 100
+    assert soft_accuracy(nn.Identity(), unsure) == pytest.approx(100 * math.e / (math.e + 3), rel=1e-6)
+
+
+def test_one_sample_that_is_very_wrong_costs_no_more_than_its_share():
+    logits = torch.eye(4) * 1e4
+    assert soft_accuracy(nn.Identity(), [(logits, torch.tensor([0, 1, 2, 0]))]) == pytest.approx(75.0)
+
+
+def test_soft_accuracy_of_dense_labels_counts_every_position():
+    rng = np.random.default_rng(1)
+    logits, labels = rng.normal(size=(2, 3, 4, 5)), rng.integers(3, size=(2, 4, 5))
+    probabilities = np.take_along_axis(softmax(logits, axis=1), labels[:, None], axis=1)
+    batch = (torch.from_numpy(logits), torch.from_numpy(labels))
+    assert soft_accuracy(nn.Identity(), [batch]) == pytest.approx(100 * probabilities.mean(), rel=1e-6)
+
+
+def test_soft_accuracy_of_half_precision_outputs_is_summed_in_full_precision():
+    # Each batch adds 1: a sum in bfloat16 would stop growing at 256.
+    batches = [(torch.zeros(2, 2, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int64))] * 400
+    assert soft_accuracy(nn.Identity(), batches) == pytest.approx(50.0)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_soft_accuracy_of_outputs_that_are_not_finite_is_nan(broken: float):
+    first, second = torch.eye(4), torch.eye(4)
+    first[2, 3] = broken
+    labels = torch.arange(4)
+    assert math.isnan(soft_accuracy(nn.Identity(), [(first, labels), (second, labels)]))
+
+
+def test_soft_accuracy_runs_each_batch_once_in_eval_mode_and_gives_every_flag_back():
+    seen: list[bool] = []
+
+    def run(module: nn.Module, batch: Any) -> torch.Tensor:
+        seen.extend([module.training, torch.is_grad_enabled()])
+        return module(batch[0])
+
+    module = nn.Sequential(nn.Dropout(1.0), nn.Identity().eval())
+    batch = (torch.eye(4)[[1, 2]] * 20, torch.tensor([1, 2]))
+    assert soft_accuracy(module, iter([batch, batch]), forward_fn=run) == pytest.approx(100.0)
+    assert seen == [False, False] * 2
+    assert [part.training for part in module.modules()] == [True, True, False]
+
+
+def test_soft_accuracy_refuses_what_accuracy_refuses():
+    with pytest.raises(InputError, match="accuracy needs at least one labelled sample; got none"):
+        soft_accuracy(nn.Identity(), [])
+    with pytest.raises(InputError, match=r"got shapes \(4, 4\) and \(4, 1\): give a score_fn"):
+        soft_accuracy(nn.Identity(), [(torch.eye(4), torch.zeros(4, 1, dtype=torch.int64))])
+    with pytest.raises(TypeError, match="got dict and Tensor: give a score_fn"):
+        soft_accuracy(nn.Identity(), [({"logits": torch.eye(4)}, torch.zeros(4))])
+
+
+def test_a_supernet_is_scored_by_soft_accuracy_where_asked():
+    score = SupernetScore(_Tiny(), _classified(2, seed=1), _classified(2, seed=2), score_fn=soft_accuracy)
+    scores = [score(Widths({"features": width})) for width in (4, 2)]
+    assert 40 < scores[1] < 60 < scores[0] < 100
 
 
 # Supernet score -------------------------------------------------------------------------------------------------------

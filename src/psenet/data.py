@@ -143,7 +143,6 @@ def make_loader(
         shuffle=shuffle,
         drop_last=drop_last,
         num_workers=num_workers,
-        persistent_workers=num_workers > 0,
         generator=torch.Generator().manual_seed(seed),
     )
 

@@ -49,7 +49,7 @@ def estimate_seconds(
     plain = copy.deepcopy(model).to(device).train()
     plain_seconds = _median_seconds(lambda: _step(plain, plain(x), labels))
     elastic = copy.deepcopy(supernet).to(device).train()
-    chosen = make_strategy(strategy, supernet.space, num_subnets=min(num_subnets, len(x)), seed=0)
+    chosen = make_strategy(strategy, supernet.space, num_subnets=min(num_subnets, max(1, len(x) // 2)), seed=0)
 
     def supernet_step() -> None:
         widths = chosen.next_widths()

@@ -84,11 +84,22 @@ class RunDirectory:
             raise InputError(
                 f"the output folder {self.path} already holds a run; continue it with --resume or give another folder"
             )
-        before = read_json(self.path / "recipe.json")
-        keys = [key for key in {**before, **recipe} if before.get(key) != recipe.get(key)]
+        old = read_json(self.path / "recipe.json")
+        if not isinstance(old, dict):
+            raise InputError(f"{self.path / 'recipe.json'} is not the recipe of a psenet run; give another folder")
+        before, now = _by_path(old), _by_path(recipe)
+        keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
         if keys:
-            changes = "; ".join(f"{key} was {before.get(key)!r}, now {recipe.get(key)!r}" for key in keys)
+            changes = "; ".join(f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in keys)
             raise InputError(f"the run in {self.path} was started with other settings: {changes}; give another folder")
+
+
+def _by_path(settings: Mapping[str, Any], parent: str = "") -> dict[str, Any]:
+    """Return nested settings in one level, by dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _by_path(value, f"{parent}{key}.") if isinstance(value, Mapping) else {f"{parent}{key}": value}
+    return flat
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -22,6 +22,10 @@ Step = Callable[[nn.Module, Batch, int, Callable[[torch.Tensor], None]], torch.T
 loss to show, detached."""
 
 _CHECK_EVERY = 20
+_PARTS = frozenset(
+    ("epochs_done", "num_steps", "settings", "module", "optimizer", "extras", "rng", "cuda_rng", "loader_rng", "scaler")
+)
+"""What a checkpoint holds."""
 
 
 class Stateful(Protocol):
@@ -76,25 +80,24 @@ def fit(
 
     accelerator = make_accelerator(config.mixed_precision)
     home = next(module.parameters()).device
+    # For AdamW, timm's momentum is the first beta: left at its default.
+    options = {"momentum": config.momentum, "nesterov": config.momentum > 0} if config.optimizer == "sgd" else {}
     optimizer = create_optimizer_v2(
-        module,
-        opt=config.optimizer,
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-        momentum=config.momentum if config.optimizer == "sgd" else 0.9,  # AdamW's first beta, its default
+        module, opt=config.optimizer, lr=config.learning_rate, weight_decay=config.weight_decay, **options
     )
     num_steps = max(1, config.epochs * len(loader))
     warmup = int(config.warmup_ratio * num_steps)
     scheduler = CosineLRScheduler(
         optimizer, t_initial=num_steps, warmup_t=warmup, warmup_lr_init=config.learning_rate / 100, t_in_epochs=False
     )
-    prepared, optimizer, batches = accelerator.prepare(_Shell(module), optimizer, loader)
-    keep = _Checkpoint(checkpoint, accelerator, module, optimizer, loader, dict(extras or {}), num_steps)
-    first_epoch = keep.load()
-    prepared.train()
     try:
+        prepared, optimizer, batches = accelerator.prepare(_Shell(module), optimizer, loader)
+        keep = _Checkpoint(checkpoint, accelerator, module, optimizer, loader, dict(extras or {}), config, num_steps)
+        first_epoch = keep.load()
+        prepared.train()
         with progress_bar(description, total=num_steps, done=first_epoch * len(loader), show=show_progress) as advance:
             for epoch in range(first_epoch, config.epochs):
+                batches.set_epoch(epoch)  # accelerate counts from 0, also when a training continues
                 number, loss = 0, torch.zeros(())
                 for batch_number, batch in enumerate(batches):
                     number = epoch * len(loader) + batch_number
@@ -133,11 +136,18 @@ def make_accelerator(mixed_precision: Literal["no", "fp16", "bf16"] = "no") -> "
         InputError: The device does not have this precision.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    # accelerate keeps the first precision for the whole process; here every training has its own.
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
+        AcceleratorState._reset_state()
     try:
-        return Accelerator(mixed_precision=mixed_precision, step_scheduler_with_optimizer=False)
+        accelerator = Accelerator(mixed_precision=mixed_precision, step_scheduler_with_optimizer=False)
     except ValueError as error:
         raise InputError(f"mixed_precision={mixed_precision!r} is not possible here: {error}") from error
+    if mixed_precision == "fp16" and accelerator.scaler is None:  # accelerate would silently train in float32
+        raise InputError(f"mixed_precision='fp16' is not possible on {accelerator.device.type}: take 'bf16' or 'no'")
+    return accelerator
 
 
 def _check_finite(loss: torch.Tensor, number: int, checkpoint: Path | None) -> None:
@@ -172,29 +182,32 @@ class _Checkpoint:
         optimizer: Any,
         loader: DataLoader,
         extras: dict[str, Stateful],
+        config: TrainConfig,
         num_steps: int,
     ) -> None:
         self._path = path
         self._accelerator = accelerator
         self._module = module
         self._optimizer = optimizer
-        self._loader = loader
+        self._generators = _generators(loader)
         self._extras = extras
+        self._settings = config.as_dict()
         self._num_steps = num_steps
 
     def save(self, epochs_done: int) -> None:
         if self._path is None or not self._accelerator.is_main_process:
             return
-        generator, scaler = self._loader.generator, self._accelerator.scaler
+        scaler = self._accelerator.scaler
         state = {
             "epochs_done": epochs_done,
             "num_steps": self._num_steps,
+            "settings": self._settings,
             "module": self._module.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "extras": {name: extra.state_dict() for name, extra in self._extras.items()},
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all(),
-            "loader_rng": None if generator is None else generator.get_state(),
+            "loader_rng": [generator.get_state() for generator in self._generators],
             "scaler": None if scaler is None else scaler.state_dict(),
         }
 
@@ -208,11 +221,7 @@ class _Checkpoint:
         if self._path is None or not self._path.exists():
             return 0
         state = load_checkpoint(self._path)
-        if state["num_steps"] != self._num_steps:
-            raise InputError(
-                f"{self._path} is of a training of {state['num_steps']} steps, this one has {self._num_steps}: "
-                "continue with the settings it was started with, or delete it"
-            )
+        self._check_same(state)
         self._module.load_state_dict(state["module"])
         self._optimizer.load_state_dict(state["optimizer"])
         for name, extra in self._extras.items():
@@ -222,9 +231,39 @@ class _Checkpoint:
             torch.cuda.set_rng_state_all(state["cuda_rng"])
         if self._accelerator.scaler is not None and state["scaler"] is not None:
             self._accelerator.scaler.load_state_dict(state["scaler"])
-        if self._loader.generator is not None:
-            self._loader.generator.set_state(state["loader_rng"])
+        for generator, rng in zip(self._generators, state["loader_rng"], strict=True):
+            generator.set_state(rng)
         return int(state["epochs_done"])
+
+    def _check_same(self, state: Mapping[str, Any]) -> None:
+        """Refuse the checkpoint of another training before anything is taken from it."""
+        before, now = state["num_steps"], self._num_steps
+        differences = [] if before == now else [f"a training of {before} steps, this one has {now}"]
+        differences += [
+            f"{name}={state['settings'].get(name)!r}, here {value!r}"
+            for name, value in self._settings.items()
+            if name != "epochs" and state["settings"].get(name) != value
+        ]
+        if _shapes(state["module"]) != _shapes(self._module.state_dict()):
+            differences.append("a model with other weights")
+        if state["extras"].keys() != self._extras.keys() or len(state["loader_rng"]) != len(self._generators):
+            differences.append("another kind of training or loader")
+        if differences:
+            raise InputError(
+                f"{self._path} is of {'; '.join(differences)}: "
+                "continue with the settings it was started with, or delete it"
+            )
+
+
+def _generators(loader: DataLoader) -> list[torch.Generator]:
+    """Return the random generators that decide a loader's order, each once."""
+    holders = (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
+    found = [getattr(holder, "generator", None) for holder in holders]
+    return list(dict.fromkeys(generator for generator in found if isinstance(generator, torch.Generator)))
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -235,10 +274,21 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     import pickle
     import zipfile
+    import zlib
 
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError) as error:
+        with zipfile.ZipFile(path) as archive:  # torch writes checksums but does not compare them
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"bad checksum of {damaged}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or not state.keys() >= _PARTS:
+            raise ValueError("it is not of a psenet training")
+        return state
+    except (
+        *(OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AssertionError),
+        *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error),
+    ) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"{path} cannot be read as a checkpoint; delete it to start this stage again: {first_line}"

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from psenet.errors import InputError
 from psenet.training.config import TrainConfig
 from psenet.training.loop import Batch, fit
 from psenet.training.losses import LossFn, cross_entropy, mixed_loss
@@ -39,11 +40,13 @@ def train_model(
         max_steps: Stop after this many steps, for time estimates.
 
     Raises:
-        InputError: A loss that is not per sample.
+        InputError: A loss that is not per sample, distillation without a teacher.
         TrainingDivergedError: The loss is not finite.
     """
     config = config or TrainConfig()
     loss_fn = loss_fn or cross_entropy(config.label_smoothing)
+    if config.distill_weight > 0 and teacher is None:
+        raise InputError("distill_weight is above 0, but there is no teacher")
     if config.distill_weight == 0:
         teacher = None
 

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from psenet.errors import InputError
+from psenet.evaluate import eval_mode
 from psenet.history import History
 from psenet.supernet import Supernet
 from psenet.training.config import TrainConfig
@@ -35,7 +36,7 @@ def train_supernet(
     Args:
         supernet: What to train.
         train_loader: Batches (x, labels).
-        num_subnets: Subnets per step of the parallel strategy.
+        num_subnets: Subnets per step of the parallel strategy; fewer in a batch with less than two samples for each.
         strategy: `"parallel"`, `"sandwich"`, or a `Strategy`.
         config: The settings; None for the defaults of `TrainConfig`.
         teacher: For distillation with `config.distill_weight`; the sandwich strategy has its own (the full network).
@@ -49,7 +50,7 @@ def train_supernet(
         The loss of every subnet visited.
 
     Raises:
-        InputError: A loss that is not per sample, distillation without a teacher, more subnets than samples.
+        InputError: A loss that is not per sample, distillation without a teacher.
         TrainingDivergedError: The loss is not finite.
     """
     config = config or TrainConfig()
@@ -61,6 +62,8 @@ def train_supernet(
     )
     if config.distill_weight > 0 and teacher is None and not chosen.serial:
         raise InputError("distill_weight is above 0, but there is no teacher")
+    if config.distill_weight == 0:
+        teacher = None
     history = History(supernet.space)
     make_step = _serial_step if chosen.serial else _parallel_step
     fit(
@@ -82,7 +85,8 @@ def _parallel_step(
 ) -> Step:
     def step(supernet: nn.Module, batch: Batch, number: int, backward: Callable[[torch.Tensor], None]) -> torch.Tensor:
         x, labels = batch
-        widths = strategy.next_widths()[: len(x)]  # a last batch may have fewer samples than subnets
+        # A last batch may be short, and the statistics of a batch norm want two samples a subnet.
+        widths = strategy.next_widths()[: max(1, len(x) // 2)]
         losses_B = mixed_loss(loss_fn, config, supernet(x, widths), labels, teach(teacher, x))
         backward(losses_B.mean())
         losses_B = losses_B.detach()
@@ -119,5 +123,5 @@ def teach(teacher: nn.Module | None, x: torch.Tensor) -> torch.Tensor | None:
     """Return the teacher's outputs on a batch, without gradients; None without a teacher."""
     if teacher is None:
         return None
-    with torch.no_grad():
-        return teacher.to(x.device).eval()(x)
+    with torch.no_grad(), eval_mode(teacher.to(x.device)):
+        return teacher(x)

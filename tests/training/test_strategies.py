@@ -1,0 +1,209 @@
+import math
+from collections import Counter
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from toys import make_net, make_space
+
+from psenet.errors import InputError
+from psenet.space import WidthSpace
+from psenet.training import make_strategy, strategy
+from psenet.training.strategies import _STRATEGIES
+from psenet.widths import Widths
+
+_NUM_STEPS = 600
+
+
+@pytest.fixture(scope="module")
+def space() -> WidthSpace:
+    return make_space(make_net())
+
+
+@pytest.fixture(scope="module")
+def steps(space: WidthSpace) -> list[list[Widths]]:
+    chosen = make_strategy("parallel", space, num_subnets=4, seed=0)
+    return [chosen.next_widths() for _ in range(_NUM_STEPS)]
+
+
+def _ceilings(space: WidthSpace) -> list[Widths]:
+    """The five ceilings, counted by hand from (4, 8, 12, 16) and (8, 12, 16, 20, 24); the wider one of two."""
+    return [
+        Widths(dict(zip((group.name for group in space.groups), row, strict=True)))
+        for row in ((8, 12), (12, 16), (12, 20), (16, 20), (16, 24))
+    ]
+
+
+def _lies_below(widths: Widths, ceiling: Widths) -> bool:
+    return all(widths[name] <= ceiling[name] for name in ceiling)
+
+
+# Parallel -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_parallel_step_has_as_many_subnets_as_asked_for_and_all_are_of_the_space(
+    space: WidthSpace, steps: list[list[Widths]]
+):
+    for widths in steps:
+        assert len(widths) == 4
+        for setting in widths:
+            space.check(setting)
+
+
+def test_a_step_at_full_width_has_the_full_network_first_and_the_others_vary(
+    space: WidthSpace, steps: list[list[Widths]]
+):
+    at_full = [widths for widths in steps if space.full() in widths]
+    assert all(widths[0] == space.full() for widths in at_full)
+    # Whatever a lower ceiling would not hold comes with the full network.
+    lower = _ceilings(space)[:-1]
+    for widths in steps:
+        if any(not any(_lies_below(setting, ceiling) for ceiling in lower) for setting in widths):
+            assert widths[0] == space.full()
+    assert len({setting for widths in at_full for setting in widths[1:]}) == 20  # every setting there is
+
+
+def test_the_subnets_of_a_step_lie_below_one_ceiling(space: WidthSpace, steps: list[list[Widths]]):
+    lower = _ceilings(space)[:-1]
+    for widths in steps:
+        if space.full() not in widths:
+            assert any(all(_lies_below(setting, ceiling) for setting in widths) for ceiling in lower)
+
+
+def test_a_step_at_the_lowest_ceiling_has_the_smallest_network_first():
+    # One group of 4 and 8 channels: a step at the lower ceiling can only have width 4, at the upper 8 comes first.
+    space = make_space(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 2, 3)))
+    assert [group.choices for group in space.groups] == [(4, 8)]
+    chosen = make_strategy("parallel", space, num_subnets=3, seed=1)
+    steps = [chosen.next_widths() for _ in range(200)]
+    firsts = Counter(widths[0] for widths in steps)
+    assert set(firsts) == {space.full(), space.smallest()}
+    assert all(set(widths) == {space.smallest()} for widths in steps if widths[0] == space.smallest())
+
+
+def test_the_smallest_network_is_trained_at_the_lowest_ceiling(space: WidthSpace):
+    # With one subnet a step, the lowest ceiling gives the smallest net alone, and the highest the full one alone.
+    chosen = make_strategy("parallel", space, num_subnets=1, seed=0)
+    counts = Counter(chosen.next_widths()[0] for _ in range(_NUM_STEPS))
+    middle = _ceilings(space)[1:-1]
+    # Uniform draws below the three middle ceilings meet the smallest with 1/9, 1/12 and 1/16.
+    by_chance = 0.15 * sum(1 / n for n in (9, 12, 16))
+    _assert_share(counts[space.smallest()], 0.15 + by_chance)
+    _assert_share(counts[space.full()], 0.4)
+    assert all(_lies_below(setting, middle[-1]) for setting in counts if setting != space.full())
+
+
+def _assert_share(count: int, share: float) -> None:
+    spread = math.sqrt(share * (1 - share) / _NUM_STEPS)
+    assert abs(count / _NUM_STEPS - share) < 4 * spread
+
+
+def test_two_of_five_steps_are_at_full_width_and_the_rest_shared_equally(space: WidthSpace):
+    # With many subnets a step, their widest members show the ceiling.
+    chosen = make_strategy("parallel", space, num_subnets=40, seed=3)
+    tops: Counter[Widths] = Counter()
+    for _ in range(_NUM_STEPS):
+        widths = chosen.next_widths()
+        tops[Widths({name: max(setting[name] for setting in widths) for name in space.full()})] += 1
+    assert set(tops) == set(_ceilings(space))
+    *lower, full = _ceilings(space)
+    _assert_share(tops[full], 0.4)
+    for ceiling in lower:
+        _assert_share(tops[ceiling], 0.15)
+
+
+# Sandwich -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_sandwich_is_the_full_the_smallest_and_two_random_networks(space: WidthSpace):
+    chosen = make_strategy("sandwich", space, num_subnets=8, seed=0)
+    steps = [chosen.next_widths() for _ in range(300)]
+    assert all(len(widths) == 4 and widths[:2] == [space.full(), space.smallest()] for widths in steps)
+    counts = Counter(setting for widths in steps for setting in widths[2:])
+    assert len(counts) == 20  # every setting of the space
+    assert max(abs(count / 600 - 1 / 20) for count in counts.values()) < 4 * math.sqrt(1 / 20 / 600)
+
+
+def test_one_strategy_shares_the_pass_and_the_other_does_not(space: WidthSpace):
+    assert not make_strategy("parallel", space).serial
+    assert make_strategy("sandwich", space).serial
+
+
+# Both -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["parallel", "sandwich"])
+def test_the_seed_alone_decides_the_sequence(space: WidthSpace, name: str):
+    def first(seed: int) -> list[list[Widths]]:
+        chosen = make_strategy(name, space, seed=seed)
+        return [chosen.next_widths() for _ in range(5)]
+
+    np.random.seed(1)  # noqa: NPY002 - global generators must not matter
+    one = first(3)
+    torch.manual_seed(5)
+    assert first(3) == one
+    assert first(4) != one
+
+
+@pytest.mark.parametrize("name", ["parallel", "sandwich"])
+def test_a_state_continues_the_sequence_through_a_file(space: WidthSpace, tmp_path: Any, name: str):
+    original, restored = make_strategy(name, space, seed=3), make_strategy(name, space, seed=77)
+    for _ in range(5):
+        original.next_widths()
+    torch.save(original.state_dict(), tmp_path / "state.pt")
+    ahead = [original.next_widths() for _ in range(5)]
+    restored.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert [restored.next_widths() for _ in range(5)] == ahead
+
+
+@pytest.mark.parametrize("name", ["parallel", "sandwich"])
+def test_a_state_does_not_move_with_its_strategy(space: WidthSpace, name: str):
+    chosen = make_strategy(name, space, seed=3)
+    state = chosen.state_dict()
+    first = chosen.next_widths()
+    chosen.load_state_dict(state)
+    assert chosen.next_widths() == first
+
+
+# The registry ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_strategy_is_named_with_the_known_ones(space: WidthSpace):
+    with pytest.raises(InputError, match=r"unknown strategy 'paralel'; there are \['parallel', 'sandwich'\]"):
+        make_strategy("paralel", space)
+
+
+@pytest.mark.parametrize("num_subnets", [0, -2])
+def test_less_than_one_subnet_is_refused(space: WidthSpace, num_subnets: int):
+    with pytest.raises(InputError, match=f"num_subnets must be at least 1; got {num_subnets}"):
+        make_strategy("parallel", space, num_subnets=num_subnets)
+
+
+def test_a_name_is_registered_once():
+    with pytest.raises(ValueError, match="strategy 'parallel' is registered already"):
+        strategy("parallel")(object)
+
+
+def test_a_registered_strategy_is_built_by_its_name(space: WidthSpace, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("psenet.training.strategies._STRATEGIES", dict(_STRATEGIES))
+
+    @strategy("one at random")
+    class OneAtRandom:
+        serial: ClassVar[bool] = True
+
+        def __init__(self, space: WidthSpace, num_subnets: int, rng: np.random.Generator) -> None:
+            self.given = (space, num_subnets)
+            self._rng = rng
+
+        def next_widths(self) -> list[Widths]:
+            return [self.given[0].sample(self._rng)]
+
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    chosen: Any = make_strategy("one at random", space, num_subnets=5, seed=2)
+    assert chosen.given == (space, 5)
+    assert chosen.next_widths() == [space.sample(np.random.default_rng(2))]
