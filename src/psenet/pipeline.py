@@ -36,6 +36,7 @@ from psenet.supernet import Supernet
 from psenet.training.config import TrainConfig
 from psenet.training.loop import make_accelerator
 from psenet.training.plain import train_model
+from psenet.training.strategies import make_strategy
 from psenet.training.supernet import train_supernet
 from psenet.widths import Widths
 
@@ -129,7 +130,7 @@ def prune(
         test_loader: Batches for the final figures; nothing else sees them. None: the figures are on `val_loader`, which
             chose the pruned net, so they flatter it; the record says so.
         calibration_loader: Batches for batch-norm statistics of candidates. None: a few training batches.
-        out: The run directory (see `psenet.rundir`). None: a new temporary folder, named in the record.
+        out: The run directory (see `psenet.rundir`). None: a new temporary folder, see `export.paths` of the result.
         config: All other settings; None for the defaults.
         resume: Continue the run in `out`, if there is one.
         description: `model` and `data` as a person would name them, for the record.
@@ -145,12 +146,23 @@ def prune(
     """
     config = config or PruneConfig()
     names = {"model": type(model).__name__, "data": "loaders", **(description or {})}
-    for name, loader in (("train", train_loader), ("validation", val_loader), ("test", test_loader)):
+    given = {"train": train_loader, "calibration": calibration_loader, "validation": val_loader, "test": test_loader}
+    for name, loader in given.items():
         if loader is not None and len(loader) == 0:
             raise InputError(f"the {name} loader has no batches")
     space = trace(model, example_input, divisor=config.divisor, min_ratio=config.min_ratio)
     limits = budget.resolve(space)
-    recipe = {**names, "budget": _plain_budget(budget), "settings": config.as_dict()}
+    _check_config(config, space)
+    recipe = {
+        **names,
+        "input_shape": tuple(example_input.shape[1:]),
+        "batch_size": train_loader.batch_size,
+        "batches": {name: None if loader is None else len(loader) for name, loader in given.items()},
+        "budget": _plain_budget(budget),
+        "settings": config.as_dict(),
+    }
+    folder = RunDirectory(Path(tempfile.mkdtemp(prefix="psenet-") if out is None else out), recipe, resume=resume)
+    _seed(config, 0, train_loader)
     run = _Run(
         model=copy.deepcopy(model),
         example=example_input,
@@ -164,7 +176,7 @@ def prune(
         limits=limits,
         space=space,
         config=config,
-        folder=RunDirectory(Path(tempfile.mkdtemp(prefix="psenet-") if out is None else out), recipe, resume=resume),
+        folder=folder,
         names=names,
         say=say or (lambda line: None),
         show_progress=show_progress,
@@ -436,11 +448,7 @@ class _Run:
         return {"model": self.names["model"], "input_shape": shape, "in_channels": shape[0]}
 
     def _seed(self, stage: int) -> None:
-        """Start a stage from a random state that does not depend on the stages before it."""
-        torch.manual_seed(self.config.seed * 16 + stage)
-        generator = self.loaders.train.generator
-        if generator is not None:
-            generator.manual_seed(self.config.seed * 16 + stage)
+        _seed(self.config, stage, self.loaders.train)
 
 
 def uniform_widths(space: WidthSpace, limits: Limits) -> Widths:
@@ -462,6 +470,27 @@ def uniform_widths(space: WidthSpace, limits: Limits) -> Widths:
         else:
             open_groups.remove(group)
     return widths
+
+
+def _check_config(config: PruneConfig, space: WidthSpace) -> None:
+    """Refuse now what a stage would refuse hours later."""
+    least = {"seed": 0, "num_evaluations": 1}
+    given = {name: getattr(config, name) for name in least}
+    problems = [
+        f"{name} must be at least {least[name]}; got {value}" for name, value in given.items() if value < least[name]
+    ]
+    if problems:
+        raise InputError("; ".join(problems))
+    make_strategy(config.strategy, space, num_subnets=config.num_subnets, seed=config.seed)
+    for training in (config.baseline, config.supernet, config.finetune):
+        make_accelerator(training.mixed_precision)
+
+
+def _seed(config: PruneConfig, stage: int, train: DataLoader) -> None:
+    """Start a stage from a random state that does not depend on what was before it."""
+    torch.manual_seed(config.seed * 16 + stage)
+    if train.generator is not None:
+        train.generator.manual_seed(config.seed * 16 + stage)
 
 
 def _plain_budget(budget: Budget) -> dict[str, int | str]:

@@ -108,6 +108,6 @@ def _with_share(value: int, whole: int) -> str:
 
 def _short(value: float) -> str:
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
+        if value >= 0.9995 * size:  # what rounds to 1000 of the next smaller unit
             return f"{value / size:.3g} {unit}"
     return str(int(value))

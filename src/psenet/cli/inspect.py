@@ -27,7 +27,7 @@ def inspect(
     from psenet.models import build_model
     from psenet.reading import trace
 
-    console = Console()
+    console = Console(markup=False, emoji=False)
     net = build_model(model, num_classes=num_classes, in_channels=in_channels, weights=weights)
     start = time.perf_counter()
     space = trace(net, torch.zeros(1, in_channels, image_size, image_size), divisor=divisor, min_ratio=min_ratio)

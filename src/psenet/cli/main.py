@@ -1,12 +1,33 @@
 """`psenet`: the entry point, and what becomes of errors."""
 
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import typer
 
 from psenet.cli import inspect, prune
 from psenet.errors import InputError
+
+USER_MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130
+
+
+class _StoppedError(Exception):
+    """Ctrl-C in a subcommand."""
+
+
+def _stoppable(command: Callable[..., None]) -> Callable[..., None]:
+    """Carry Ctrl-C past typer, which would end the program without a word."""
+
+    @functools.wraps(command)
+    def run(*args: object, **kwargs: object) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt as error:
+            raise _StoppedError from error
+
+    return run
+
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -14,10 +35,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Make a convolutional network smaller by choosing how many channels each layer keeps.",
 )
-app.command("prune")(prune.prune)
-app.command("inspect")(inspect.inspect)
-
-USER_MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130
+app.command("prune")(_stoppable(prune.prune))
+app.command("inspect")(_stoppable(inspect.inspect))
 
 
 @app.callback()
@@ -36,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = arguments[:1] == ["--debug"]
     try:
         app(arguments, standalone_mode=True)
-    except KeyboardInterrupt:
+    except _StoppedError:
         print("\nstopped; what is finished is kept: the same command with --resume continues", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except InputError as error:

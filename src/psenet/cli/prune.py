@@ -55,7 +55,7 @@ def prune(
     from psenet.result import result_table
     from psenet.training.config import TrainConfig
 
-    console = Console()
+    console = Console(markup=False, emoji=False)  # brackets in paths are not styles
     budget = Budget(macs=macs, params=params, memory=memory)
 
     def training(epochs: int, learning_rate: float, distill_weight: float = 0.0) -> TrainConfig:
@@ -94,11 +94,20 @@ def prune(
     result = run_pipeline(
         net,
         torch.zeros(1, *splits.input_shape),
-        make_loader(splits.train, batch_size=batch_size, shuffle=True, seed=seed, num_workers=workers),
+        make_loader(
+            splits.train,
+            batch_size=batch_size,
+            shuffle=True,
+            seed=seed,
+            drop_last=sizes["train"] % batch_size == 1,  # one image alone has no batch statistics
+            num_workers=workers,
+        ),
         make_loader(splits.validation, batch_size=256, shuffle=False),
         budget=budget,
         test_loader=make_loader(splits.test, batch_size=256, shuffle=False),
-        calibration_loader=make_loader(splits.calibration, batch_size=256, shuffle=False),
+        calibration_loader=make_loader(
+            splits.calibration, batch_size=256, shuffle=False, drop_last=sizes["calibration"] % 256 == 1
+        ),
         out=out,
         config=config,
         resume=resume,
@@ -107,7 +116,7 @@ def prune(
         show_progress=console.is_terminal,
     )
     console.print(result_table(result.record))
-    console.print(f"figures: {out / 'result.json'}\nmodel:   {out / 'model'}", highlight=False)
+    console.print(f"figures: {out / 'result.json'}\nmodel:   {out / 'model'}", highlight=False, soft_wrap=True)
 
 
 def check_classes(net: "object", input_shape: tuple[int, int, int], num_classes: int) -> None:

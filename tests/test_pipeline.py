@@ -1,0 +1,457 @@
+"""`psenet.prune` from end to end: what comes out, and that it is true."""
+
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+import torch
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import DataLoader
+
+import psenet
+import psenet.result
+from colours import (
+    EXAMPLE,
+    GROUPS,
+    NUM_STEPS,
+    SHAPE,
+    SHORT,
+    count_macs,
+    count_params,
+    export_weights_only,
+    load_by_hand,
+    make_net,
+    one_thread,
+    prune_net,
+    read_record,
+    repeatable,
+    short_config,
+    top1,
+    unseen_images,
+    validation_images,
+    widths_of,
+)
+from psenet import Budget, PruneConfig, PruneResult, Widths
+from psenet.budget import Limits
+from psenet.evolution import Evaluation, SearchResult
+from psenet.models import digits_resnet
+from psenet.pipeline import uniform_widths
+
+_one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
+
+
+@pytest.fixture
+def quick_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psenet.pipeline.export_model", export_weights_only)
+
+
+class _CountingLoader(DataLoader):
+    """Notes at the start of every pass what the run had said last."""
+
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__(unseen_images().dataset, batch_size=32)
+        self.lines, self.passes = lines, list[str]()
+
+    def __iter__(self) -> Any:
+        self.passes.append(self.lines[-1] if self.lines else "")
+        return super().__iter__()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Finished:
+    result: PruneResult
+    out: Path
+    lines: list[str]
+    passes: list[str]
+    """What was said before each pass over the test data."""
+    record: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> _Finished:
+    """A whole run, with the real export."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    lines: list[str] = []
+    test_loader = _CountingLoader(lines)
+    result = prune_net(out, test_loader=test_loader, say=lines.append)
+    return _Finished(result=result, out=out, lines=lines, passes=test_loader.passes, record=read_record(out))
+
+
+def _study(run: Path) -> optuna.Study:
+    storage = JournalStorage(JournalFileBackend(str(run / "stages/study.journal")))
+    return optuna.load_study(study_name=None, storage=storage)
+
+
+# What comes out -------------------------------------------------------------------------------------------------------
+
+
+def test_the_pruned_model_is_plain_and_inside_the_budget(finished: _Finished):
+    model = finished.result.model
+    assert type(model) is nn.Sequential and not model.training
+    assert {type(module).__module__.partition(".")[0] for module in model.modules()} == {"torch"}
+    assert model(torch.randn(2, *SHAPE)).shape == (2, 3)
+    assert count_macs(model) <= 0.5 * count_macs(make_net())
+    assert count_params(model) < count_params(make_net())
+
+
+def test_every_limit_of_a_budget_is_kept(tmp_path: Path, quick_export: None):
+    result = prune_net(tmp_path / "run", budget=Budget(macs="60%", params="2k"))
+    for net in ("pruned", "uniform"):
+        assert result.record[net]["params"] <= 2000
+        assert result.record[net]["macs"] <= 0.6 * count_macs(make_net())
+    assert count_params(result.model) <= 2000
+    assert result.record["budget"] == {"macs": "60%", "params": "2k"}
+
+
+def test_the_record_has_the_documented_structure(finished: _Finished):
+    record = finished.record
+    assert record == finished.result.record
+    assert list(record) == [
+        *("format", "model", "data", "budget", "accuracy_on", "seed", "versions", "hardware"),
+        *("baseline", "pruned", "uniform", "widths", "uniform_widths", "full_widths"),
+        *("seconds", "settings", "search", "export"),
+    ]
+    net = {"macs", "params", "memory", "latency_ms", "latency_quartiles_ms", "accuracy"}
+    assert set(record["baseline"]) == net
+    assert set(record["pruned"]) == set(record["uniform"]) == net | {"accuracy_before_finetune"}
+    assert list(record["seconds"]) == ["baseline", "supernet", "search", "finetune", "total"]
+    assert set(record["search"]) == {"num_evaluations", "best_score", "history", "kept"}
+    assert set(record["export"]) == {"bytes", "onnx_max_relative_difference", "problems"}
+    documentation = psenet.result.__doc__ or ""
+    for name in [*record, *net, *record["seconds"], *record["search"], *record["export"]]:
+        assert name in documentation, name
+
+
+def test_the_record_says_what_was_asked_for(finished: _Finished):
+    record = finished.record
+    assert (record["format"], record["model"], record["data"]) == (1, "Sequential", "loaders")
+    assert record["budget"] == {"macs": "50%"}
+    assert record["accuracy_on"] == "test data"
+    assert record["seed"] == record["settings"]["seed"] == 0
+    assert record["settings"]["finetune"]["epochs"] == 2
+    assert torch.__version__.startswith(record["versions"]["torch"])
+    assert record["search"]["num_evaluations"] == 6
+    assert record["search"]["history"] == 4 * NUM_STEPS
+    assert record["full_widths"] == {"0": 16, "3": 24, "6": 16}
+    seconds = dict(record["seconds"])
+    assert seconds.pop("total") == pytest.approx(sum(seconds.values()), abs=0.01)
+    assert record["export"]["problems"] == []
+    files = {path.name: path.stat().st_size for path in (finished.out / "model").iterdir()}
+    assert files == record["export"]["bytes"]
+    assert set(files) == {"weights.safetensors", "widths.json", "model.pt2", "model.onnx"}
+
+
+def test_a_description_names_model_and_data(tmp_path: Path, quick_export: None):
+    result = prune_net(tmp_path / "run", description={"model": "my.nets:colours", "data": "paint"})
+    assert (result.record["model"], result.record["data"]) == ("my.nets:colours", "paint")
+    assert json.loads((tmp_path / "run/model/widths.json").read_text())["model"] == "my.nets:colours"
+
+
+def test_the_costs_are_true(finished: _Finished):
+    record, stages = finished.record, finished.out / "stages"
+    kept = {"searched": stages / "searched.safetensors", "uniform": stages / "uniform.safetensors"}
+    nets = {
+        "baseline": make_net(),
+        "pruned": load_by_hand(kept[record["search"]["kept"]]),
+        "uniform": load_by_hand(kept["uniform"]),
+    }
+    for name, net in nets.items():
+        assert (record[name]["macs"], record[name]["params"]) == (count_macs(net), count_params(net))
+        low, high = record[name]["latency_quartiles_ms"]
+        assert 0 < low <= record[name]["latency_ms"] <= high
+    for widths, net in (("widths", "pruned"), ("uniform_widths", "uniform")):
+        assert tuple(record[widths][group] for group in GROUPS) == widths_of(nets[net])
+
+
+def test_the_accuracies_are_true(finished: _Finished):
+    record = finished.record
+    loaded = psenet.load(finished.out, make_net)
+    uniform = load_by_hand(finished.out / "stages/uniform.safetensors")
+    baseline = load_by_hand(finished.out / "stages/baseline.safetensors")
+    for name, net in (("pruned", loaded), ("uniform", uniform), ("baseline", baseline)):
+        assert record[name]["accuracy"] == pytest.approx(top1(net, unseen_images()), abs=1e-4)
+    for key, tensor in finished.result.model.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[key])
+
+
+def test_the_best_score_is_that_of_the_best_evaluation(finished: _Finished):
+    study = _study(finished.out)
+    assert len(study.trials) == 6
+    assert finished.record["search"]["best_score"] == study.best_value
+    assert study.best_params == json.loads((finished.out / "stages/search.json").read_text())["widths"]
+
+
+def test_the_accuracy_before_fine_tuning_is_that_of_a_run_without_any(
+    finished: _Finished, tmp_path: Path, quick_export: None
+):
+    result = prune_net(tmp_path / "run", config=short_config(finetune=replace(SHORT, epochs=0)))
+    for net in ("pruned", "uniform"):
+        assert result.record[net]["accuracy"] == result.record[net]["accuracy_before_finetune"]
+    assert result.record["pruned"]["accuracy"] == pytest.approx(top1(result.model, unseen_images()), abs=1e-4)
+    uniform, tuned = result.record["uniform"], finished.record["uniform"]
+    assert uniform["accuracy"] == tuned["accuracy_before_finetune"]
+
+
+def test_without_test_data_the_record_says_that_the_figures_are_on_validation_data(tmp_path: Path, quick_export: None):
+    result = prune_net(tmp_path / "run", test_loader=None)
+    assert result.record["accuracy_on"] == "validation data"
+    expected = top1(result.model, validation_images())
+    assert result.record["pruned"]["accuracy"] == pytest.approx(expected, abs=1e-4)
+
+
+_RUN_EXPORTED = """
+import sys
+sys.modules["psenet"] = None
+import numpy, onnxruntime, torch
+folder = sys.argv[1]
+x = torch.from_numpy(numpy.load(folder + "/x.npy"))
+numpy.save(folder + "/pt2.npy", torch.export.load(folder + "/run/model/model.pt2").module()(x).detach().numpy())
+session = onnxruntime.InferenceSession(folder + "/run/model/model.onnx", providers=["CPUExecutionProvider"])
+numpy.save(folder + "/onnx.npy", session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+"""
+
+
+@pytest.mark.slow
+def test_the_exported_files_give_the_same_outputs_without_psenet(finished: _Finished):
+    folder = finished.out.parent
+    x = torch.randn(5, *SHAPE)
+    np.save(folder / "x.npy", x.numpy())
+    subprocess.run([sys.executable, "-I", "-c", _RUN_EXPORTED, str(folder)], check=True, cwd=folder)
+    with torch.no_grad():
+        expected = finished.result.model(x).numpy()
+    for name in ("pt2", "onnx"):
+        np.testing.assert_allclose(np.load(folder / f"{name}.npy"), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_given_model_is_not_changed(tmp_path: Path, quick_export: None):
+    model = make_net().train()
+    model[4].eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    prune_net(tmp_path / "run", model=model)
+    assert model.training and not model[4].training and model[0].weight.grad is None
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_what_is_done_is_said_in_order_with_the_expected_time(finished: _Finished):
+    beginnings = [
+        *("Sequential: 0.1M MACs, 0.01M parameters, 3 channel groups, reachable down to 12%", "budget: at most"),
+        *("expected time: about", "training the baseline", "baseline: ", "training the supernet (parallel)"),
+        *("searching, 6 candidates", "winner: score", "fine-tuning the searched net", "fine-tuning the uniform net"),
+        *("fine-tuned, on validation data: ", "testing, measuring latency, exporting"),
+    ]
+    assert len(finished.lines) == len(beginnings)
+    for line, beginning in zip(finished.lines, beginnings, strict=True):
+        assert line.startswith(beginning)
+
+
+def test_a_run_without_a_folder_goes_to_a_temporary_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_export: None
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    result = prune_net(None)
+    run = result.export.paths["weights.safetensors"].parents[1]
+    assert run.parent == tmp_path
+    assert (run / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        short_config(strategy="sandwich"),
+        short_config(finetune=replace(SHORT, distill_weight=0.5), supernet=replace(SHORT, distill_weight=0.5)),
+        short_config(supernet=replace(SHORT, mixed_precision="bf16")),
+    ],
+    ids=["sandwich", "distillation", "bf16"],
+)
+def test_other_ways_to_train_end_inside_the_budget(tmp_path: Path, quick_export: None, config: PruneConfig):
+    result = prune_net(tmp_path / "run", config=config)
+    assert count_macs(result.model) <= 0.5 * count_macs(make_net())
+    assert result.record["pruned"]["accuracy"] == pytest.approx(top1(result.model, unseen_images()), abs=1e-4)
+
+
+# Test data ------------------------------------------------------------------------------------------------------------
+
+
+def test_test_data_is_read_once_for_each_net_and_not_before_the_figures(finished: _Finished):
+    # The baseline, and the pruned and the uniform net before and after fine-tuning.
+    assert finished.passes == ["testing, measuring latency, exporting"] * 5
+
+
+# The uniform net ------------------------------------------------------------------------------------------------------
+
+
+def _spaces() -> Iterator[tuple[psenet.WidthSpace, str, str]]:
+    spaces = [psenet.trace(make_net(), EXAMPLE, divisor=4), psenet.trace(digits_resnet(), torch.zeros(1, 1, 8, 8))]
+    for space, resource, share in itertools.product(spaces, ("macs", "params", "memory"), (100, 80, 55, 50, 37, 30)):
+        yield space, resource, f"{share}%"
+
+
+def test_no_group_of_the_uniform_net_can_be_widened_within_the_budget():
+    for space, resource, share in _spaces():
+        limits = Budget(**{resource: share}).resolve(space)
+        cost, limit = getattr(space, resource), getattr(limits, resource)
+        widths = uniform_widths(space, limits)
+        assert cost(widths) <= limit
+        for group in space.groups:
+            wider = [width for width in group.choices if width > widths[group.name]]
+            if wider:
+                assert cost(Widths({**widths, group.name: wider[0]})) > limit, (resource, share, group.name)
+        # It holds every setting of one ratio that is inside.
+        for ratio in np.linspace(0.01, 1, 67):
+            setting = space.uniform(ratio)
+            assert cost(setting) > limit or all(widths[name] >= setting[name] for name in setting)
+
+
+def test_the_uniform_net_of_the_ends_is_the_full_and_the_smallest():
+    space = psenet.trace(make_net(), EXAMPLE, divisor=4)
+    assert uniform_widths(space, Limits(macs=space.macs(space.full()))) == space.full()
+    assert uniform_widths(space, Limits(macs=space.macs(space.smallest()))) == space.smallest()
+
+
+def test_the_uniform_net_keeps_all_limits_at_once():
+    space = psenet.trace(make_net(), EXAMPLE, divisor=4)
+    limits = Budget(macs="70%", params="30%", memory="60%").resolve(space)
+    widths = uniform_widths(space, limits)
+    assert limits.holds(space, widths)
+    for group in space.groups:
+        for wider in [width for width in group.choices if width > widths[group.name]][:1]:
+            assert not limits.holds(space, Widths({**widths, group.name: wider}))
+
+
+# Which net is kept ----------------------------------------------------------------------------------------------------
+
+NARROW_FIRST = Widths({"0": 4, "3": 24, "6": 16})
+
+
+def _found(widths: Widths) -> Callable[..., SearchResult]:
+    """Stand in for `search` with one that finds these widths."""
+
+    def search(space: psenet.WidthSpace, *_: Any, **__: Any) -> SearchResult:
+        best = Evaluation(widths, 50.0, space.macs(widths), space.params(widths))
+        return SearchResult(best=best, evaluated=(best,), num_failed=0, exhausted=False)
+
+    return search
+
+
+@pytest.mark.parametrize(("sign", "kept"), [(-1, "searched"), (1, "uniform"), (0, "searched")])
+def test_the_better_net_on_validation_data_is_kept(
+    sign: int, kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_export: None
+):
+    # With the sign, the score is for or against a wide first layer, which the uniform net has.
+    monkeypatch.setattr("psenet.pipeline.search", _found(NARROW_FIRST))
+    monkeypatch.setattr("psenet.pipeline.soft_accuracy", lambda net, _: sign * net[0].weight.shape[0])
+    lines: list[str] = []
+    result = prune_net(tmp_path / "run", say=lines.append)
+    record = result.record
+    assert record["search"]["kept"] == kept
+    assert f"; the {kept} net is kept" in lines[-2]
+    uniform = Widths(record["uniform_widths"])
+    assert uniform != NARROW_FIRST
+    assert result.widths == Widths(record["widths"]) == (NARROW_FIRST if kept == "searched" else uniform)
+    assert widths_of(result.model) == tuple(result.widths[group] for group in GROUPS)
+    assert record["pruned"]["macs"] == count_macs(result.model)
+    assert (repeatable(record)["pruned"] == repeatable(record)["uniform"]) == (kept == "uniform")
+    weights = load_file(tmp_path / f"run/stages/{kept}.safetensors")
+    exported = load_file(tmp_path / "run/model/weights.safetensors")
+    assert all(torch.equal(weights[name], exported[name]) for name in weights)
+
+
+def test_one_net_is_fine_tuned_when_the_search_returns_the_uniform_widths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_export: None
+):
+    space = psenet.trace(make_net(), EXAMPLE, divisor=4)
+    uniform = uniform_widths(space, Budget(macs="50%").resolve(space))
+    monkeypatch.setattr("psenet.pipeline.search", _found(uniform))
+    lines: list[str] = []
+    record = prune_net(tmp_path / "run", say=lines.append).record
+    assert [line for line in lines if line.startswith("fine-tuning")] == ["fine-tuning the searched net"]
+    assert not (tmp_path / "run/stages/uniform.safetensors").exists()
+    assert record["search"]["kept"] == "searched"
+    assert record["widths"] == record["uniform_widths"] == dict(uniform)
+    assert repeatable(record)["pruned"] == repeatable(record)["uniform"]
+
+
+def test_the_search_tries_the_uniform_widths_first(finished: _Finished):
+    study = _study(finished.out)
+    assert study.trials[0].params == finished.record["uniform_widths"]
+
+
+# Trained models -------------------------------------------------------------------------------------------------------
+
+
+def _trained_net() -> nn.Sequential:
+    """Return a net of which the channels of each layer get more important from the first to the last."""
+    net, scale_in = make_net(), torch.ones(3)
+    torch.manual_seed(11)
+    with torch.no_grad():
+        for conv, norm in ((0, 1), (3, 4), (6, 7), (11, None)):
+            weight: Any = net[conv].weight
+            scale = torch.ones(3) if norm is None else torch.linspace(0.5, 1.5, len(weight))
+            by_channel = (scale[:, None] * scale_in).view(*weight.shape[:2], *[1] * (weight.ndim - 2))
+            weight.copy_(0.1 * torch.randn(weight.shape).sign() * by_channel)
+            scale_in = scale
+            if norm is not None:
+                net[norm].load_state_dict(
+                    {
+                        "weight": scale,
+                        "bias": torch.rand(len(scale)) - 0.3,
+                        "running_mean": torch.rand(len(scale)) - 0.5,
+                        "running_var": torch.rand(len(scale)) + 0.5,
+                        "num_batches_tracked": torch.tensor(9),
+                    }
+                )
+    return net.eval()
+
+
+def test_a_trained_model_is_the_baseline_as_it_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_export: None
+):
+    trained, lines = [], []
+
+    def noting(net: nn.Module, loader: DataLoader, **settings: Any) -> None:
+        trained.append(settings["description"])
+        psenet.train_model(net, loader, **settings)
+
+    monkeypatch.setattr("psenet.pipeline.train_model", noting)
+    record = prune_net(
+        tmp_path / "run", model=_trained_net(), config=short_config(trained=True), say=lines.append
+    ).record
+    assert trained == ["fine-tune searched", "fine-tune uniform"]
+    assert "training the baseline" not in lines
+    assert not any("baseline" in line for line in lines if line.startswith("expected time"))
+    assert record["baseline"]["accuracy"] == pytest.approx(top1(_trained_net(), unseen_images()), abs=1e-4)
+    assert record["settings"]["trained"] is True
+
+
+def test_the_supernet_starts_from_the_model_with_its_channels_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_export: None
+):
+    starts: list[dict[str, torch.Tensor]] = []
+
+    def noting(supernet: psenet.Supernet, loader: DataLoader, **settings: Any) -> psenet.History:
+        starts.append({name: tensor.clone() for name, tensor in supernet.model.state_dict().items()})
+        return psenet.train_supernet(supernet, loader, **settings)
+
+    monkeypatch.setattr("psenet.pipeline.train_supernet", noting)
+    model = _trained_net()
+    prune_net(tmp_path / "run", model=model, config=short_config(trained=True))
+    (start,) = starts
+    for norm in ("1", "4", "7"):
+        scale = model.state_dict()[f"{norm}.weight"]
+        assert torch.equal(start[f"{norm}.weight"], scale.flip(0))
+        assert torch.equal(start[f"{norm}.running_mean"], model.state_dict()[f"{norm}.running_mean"].flip(0))
+    ordered, x = make_net().eval(), torch.randn(6, *SHAPE)
+    ordered.load_state_dict(start)
+    torch.testing.assert_close(ordered(x), model(x), rtol=1e-5, atol=1e-5)
