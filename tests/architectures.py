@@ -293,6 +293,233 @@ class FunctionalDropout(nn.Module):
         return F.log_softmax(self.fc2(torch.tanh(self.fc1(x))), dim=1)
 
 
+# Channels cut, moved, and normalised in other ways --------------------------------------------------------------------
+
+
+class ChannelShuffle(nn.Module):
+    """ShuffleNetV2: half of the channels pass, the other half works, then both are interleaved."""
+
+    def __init__(self, num: int) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(conv_bn(num // 2, num // 2, 1), nn.ReLU(), conv_bn(num // 2, num // 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        passing, working = x.chunk(2, dim=1)
+        x = torch.cat([passing, self.branch(working)], 1)
+        batch, channels, height, width = x.shape
+        return x.view(batch, 2, channels // 2, height, width).transpose(1, 2).reshape(batch, channels, height, width)
+
+
+def shufflenet() -> nn.Module:
+    return nn.Sequential(conv_bn(3, 16), nn.ReLU(), ChannelShuffle(16), ChannelShuffle(16), conv_bn(16, 24), Head(24))
+
+
+class Hierarchical(nn.Module):
+    """Res2Net: the width of a part is a number that the module keeps."""
+
+    def __init__(self, num: int) -> None:
+        super().__init__()
+        self.width = num // 2
+        self.convs = nn.ModuleList([conv_bn(self.width, self.width) for _ in range(2)])
+        self.mix = conv_bn(num, num, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = torch.split(x, self.width, 1)
+        first = self.convs[0](first).relu()
+        return self.mix(torch.cat([first, self.convs[1](second + first)], 1)) + x
+
+
+class PartialConvolution(nn.Module):
+    """FasterNet: a convolution of the first channels only, cut by a list of numbers that the module keeps."""
+
+    def __init__(self, num: int) -> None:
+        super().__init__()
+        self.sizes = [num // 4, num - num // 4]
+        self.conv, self.mix = nn.Conv2d(num // 4, num // 4, 3, padding=1), conv_bn(num, num, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, rest = torch.split(x, self.sizes, dim=1)
+        return self.mix(torch.cat([self.conv(first), rest], 1)).relu()
+
+
+def cut_by_numbers() -> nn.Module:
+    return nn.Sequential(conv_bn(3, 32), nn.ReLU(), Hierarchical(32), PartialConvolution(32), conv_bn(32, 16), Head(16))
+
+
+class ZeroPaddedShortcut(nn.Module):
+    """The shortcut of He et al., option A: every second pixel, new channels zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv1, self.conv2 = conv_bn(3, 16), conv_bn(16, 32, 3, 2), conv_bn(32, 32)
+        self.head = Head(32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x).relu()
+        y = self.conv2(self.conv1(x).relu())
+        return self.head((y + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 8, 8))).relu())
+
+
+class ChannelsLastBlock(nn.Module):
+    """ConvNeXt: a depthwise convolution, then a layer norm and an MLP on the last axis, and a layer scale."""
+
+    def __init__(self, num: int) -> None:
+        super().__init__()
+        self.depthwise, self.norm = nn.Conv2d(num, num, 3, padding=1, groups=num), nn.LayerNorm(num)
+        self.fc1, self.fc2 = nn.Linear(num, 2 * num), nn.Linear(2 * num, num)
+        self.scale = nn.Parameter(torch.full((num,), 0.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+        y = self.fc2(F.gelu(self.fc1(y))) * self.scale
+        return x + y.permute(0, 3, 1, 2)
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """A layer norm over the channels of (B, C, H, W)."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        x = F.layer_norm(input.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
+        return x.permute(0, 3, 1, 2)
+
+
+def convnext() -> nn.Module:
+    stem = [nn.Conv2d(3, 16, 2, 2), LayerNorm2d(16)]
+    down = [LayerNorm2d(16), nn.Conv2d(16, 24, 2, 2)]
+    return nn.Sequential(*stem, ChannelsLastBlock(16), *down, ChannelsLastBlock(24), Head(24))
+
+
+class RmsNorm2d(nn.Module):
+    """Written by hand: a mean over channels."""
+
+    def __init__(self, num: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = torch.rsqrt(x.square().mean(dim=1, keepdim=True) + 1e-6)
+        return x * scale * self.weight.view(1, -1, 1, 1)
+
+
+def rms_norms() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(3, 16, 3), RmsNorm2d(16), nn.GELU(), nn.Conv2d(16, 24, 3), RmsNorm2d(24), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.RMSNorm(24), nn.Linear(24, 5)),
+    )
+
+
+def group_norms() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(3, 16, 3), nn.GroupNorm(4, 16), nn.SiLU(), nn.Conv2d(16, 24, 3), nn.GroupNorm(1, 24), nn.ReLU()),
+        *(nn.Conv2d(24, 16, 3), nn.InstanceNorm2d(16, affine=True), nn.PReLU(16), Head(16)),
+    )
+
+
+class EfficientChannelAttention(nn.Module):
+    """ECA: a convolution that slides along the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(1, 1, 3, padding=1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x.mean((2, 3)).view(x.shape[0], 1, -1))
+        return x * y.sigmoid().view(x.shape[0], -1, 1, 1).expand_as(x)
+
+
+def efficient_attention() -> nn.Module:
+    return nn.Sequential(
+        *(conv_bn(3, 16), nn.ReLU(), EfficientChannelAttention()),
+        *(conv_bn(16, 24), EfficientChannelAttention(), nn.ReLU(), Head(24)),
+    )
+
+
+class SelectiveKernel(nn.Module):
+    """SKNet: two branches, stacked, and a softmax between them for every channel."""
+
+    def __init__(self, num: int) -> None:
+        super().__init__()
+        self.small, self.large = conv_bn(num, num), conv_bn(num, num, 5)
+        self.reduce, self.expand = nn.Conv2d(num, 8, 1), nn.Conv2d(8, 2 * num, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        branches = torch.stack([self.small(x).relu(), self.large(x).relu()], dim=1)
+        gates = self.expand(self.reduce(branches.sum(1).mean((2, 3), keepdim=True)).relu())
+        batch, channels = gates.shape[:2]
+        return (branches * gates.view(batch, 2, channels // 2, 1, 1).softmax(dim=1)).sum(1)
+
+
+def selective_kernel() -> nn.Module:
+    return nn.Sequential(conv_bn(3, 16), nn.ReLU(), SelectiveKernel(16), conv_bn(16, 24), nn.ReLU(), Head(24))
+
+
+class UpAndDown(nn.Module):
+    """A decoder: transposed convolution, interpolation, pixel shuffle, skips."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down1, self.down2 = conv_bn(3, 16, stride=2), conv_bn(16, 24, stride=2)
+        self.up = nn.ConvTranspose2d(24, 16, 3, stride=2, padding=1)
+        self.norm, self.mix = nn.BatchNorm2d(16), conv_bn(32, 32)
+        self.shuffle, self.out = nn.PixelShuffle(2), nn.Conv2d(8, 5, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        skip = self.down1(x).relu()
+        y = self.norm(self.up(self.down2(skip).relu())).relu()
+        y = torch.cat([F.interpolate(y, size=skip.shape[-2:], mode="nearest"), skip], 1)
+        return self.out(self.shuffle(self.mix(y).relu())).mean((2, 3))
+
+
+class Blur(nn.Module):
+    """Anti-aliasing: one fixed filter for all channels, whose number the module keeps."""
+
+    filter: torch.Tensor
+
+    def __init__(self, num: int) -> None:
+        super().__init__()
+        self.channels = num
+        self.register_buffer("filter", torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]])[None, None] / 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, self.filter.expand(self.channels, -1, -1, -1), stride=2, groups=self.channels)
+
+
+class PartialShortcut(nn.Module):
+    """ReXNet: the input is added, in place, to the first channels of a wider output."""
+
+    def __init__(self, num_in: int, num_out: int) -> None:
+        super().__init__()
+        self.in_channels, self.conv = num_in, conv_bn(num_in, num_out)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        return torch.cat([y[:, : self.in_channels] + x, y[:, self.in_channels :]], dim=1)
+
+
+def blur_and_partial_shortcut() -> nn.Module:
+    return nn.Sequential(
+        *(conv_bn(3, 16), nn.ReLU(), Blur(16), PartialShortcut(16, 24), nn.ReLU(), conv_bn(24, 16), Head(16))
+    )
+
+
+class FunctionalNorm(nn.Module):
+    """Batch norm called as a function, its tensors raw parameters and buffers."""
+
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv, self.head = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 24, 3), Head(24)
+        self.weight, self.bias = nn.Parameter(torch.ones(16)), nn.Parameter(torch.zeros(16))
+        self.register_buffer("running_mean", torch.zeros(16))
+        self.register_buffer("running_var", torch.ones(16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.batch_norm(self.stem(x), self.running_mean, self.running_var, self.weight, self.bias, self.training)
+        return self.head(self.conv(x.relu()).relu())
+
+
 ARCHITECTURES = {
     "vgg_bn": Architecture(vgg_bn),
     "vgg_without_norm": Architecture(vgg_without_norm),
@@ -314,6 +541,17 @@ ARCHITECTURES = {
     "tied_weights": Architecture(TiedWeights),
     "one_module_in_two_places": Architecture(OneModuleInTwoPlaces),
     "functional_dropout": Architecture(FunctionalDropout),
+    "shufflenet": Architecture(shufflenet),
+    "cut_by_numbers": Architecture(cut_by_numbers),
+    "zero_padded_shortcut": Architecture(ZeroPaddedShortcut),
+    "convnext": Architecture(convnext, (3, 8, 8)),
+    "rms_norms": Architecture(rms_norms),
+    "group_norms": Architecture(group_norms),
+    "efficient_attention": Architecture(efficient_attention),
+    "selective_kernel": Architecture(selective_kernel),
+    "up_and_down": Architecture(UpAndDown, (3, 8, 8)),
+    "blur_and_partial_shortcut": Architecture(blur_and_partial_shortcut),
+    "functional_norm": Architecture(FunctionalNorm),
 }
 
 TIMM_SIDES = {

@@ -6,8 +6,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import psenet
+from architectures import ARCHITECTURES, traced
 from psenet.artifact import Description, load, read_description, save_weights
 from psenet.errors import InputError
+from psenet.slicing import narrow_attributes
 from psenet.widths import Widths
 
 WIDTHS = Widths({"conv": 3})
@@ -65,11 +68,35 @@ def test_the_files_hold_the_state_and_the_documented_json(narrow: nn.Module, tmp
         "input_shape": [2, 8, 8],
         "num_classes": 5,
         "in_channels": 2,
+        "attributes": {},
     }
     saved = load_file(weights)
     assert sorted(saved) == sorted(narrow.state_dict())
     for name, value in narrow.state_dict().items():
         torch.testing.assert_close(saved[name], value, rtol=0, atol=0)
+
+
+def test_numbers_that_the_users_modules_keep_are_saved_and_set_again(tmp_path: Path):
+    model, space = traced("cut_by_numbers")
+    widths = space.smallest()
+    narrow = psenet.Supernet(model, space).extract(widths).eval()
+    attributes = narrow_attributes(model, space, widths)
+    assert attributes == {"2": {"width": 4}, "3": {"sizes": [2, 6]}}
+    save_weights(narrow, tmp_path, widths=widths, details={"attributes": attributes})
+    rebuilt = load(tmp_path, lambda: ARCHITECTURES["cut_by_numbers"].model()).eval()
+    x = ARCHITECTURES["cut_by_numbers"].batch(2)
+    assert torch.equal(rebuilt(x), narrow(x))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"2": {"wide": 4}}, {"9": {"width": 4}}, {"3": {"sizes": [4]}}, {"2": {"training": 4}}]
+)
+def test_numbers_that_the_modules_do_not_have_are_refused(wrong: dict, tmp_path: Path):
+    model, space = traced("cut_by_numbers")
+    narrow = psenet.Supernet(model, space).extract(space.smallest())
+    save_weights(narrow, tmp_path, widths=space.smallest(), details={"attributes": wrong})
+    with pytest.raises(InputError, match="sets numbers that the module which the factory returns does not have"):
+        load(tmp_path, lambda: ARCHITECTURES["cut_by_numbers"].model())
 
 
 def test_unknown_details_are_null(narrow: nn.Module, tmp_path: Path):

@@ -12,15 +12,16 @@
          "model": "timm:resnet18",          the original model, or null
          "input_shape": [3, 224, 224],      one sample, without the batch, or null
          "num_classes": 10,                 or null
-         "in_channels": 3}                  or null
+         "in_channels": 3,                  or null
+         "attributes": {"block": {"width": 24}, ...}}    numbers in the user's own modules that count channels
 
-Shapes alone say how narrow each layer is, so rebuilding needs the original architecture and no trace. Nothing is
-unpickled, and each file is replaced in one step.
+Shapes and attributes alone say how narrow each layer is, so rebuilding needs the original architecture and no trace.
+Nothing is unpickled, and each file is replaced in one step.
 """
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,7 +32,7 @@ from torch import nn
 
 from psenet.errors import InputError
 from psenet.files import write_atomically
-from psenet.slicing import narrow_module
+from psenet.slicing import Attributes, narrow_module
 from psenet.widths import Widths
 
 WEIGHTS_NAME = "weights.safetensors"
@@ -40,7 +41,7 @@ RUN_SUBFOLDER = "model"
 
 _FORMAT = 1
 _HEADER_KEY = "psenet"
-_DETAILS = ("model", "input_shape", "num_classes", "in_channels")
+_DETAILS = ("model", "input_shape", "num_classes", "in_channels", "attributes")
 _MOST_NAMED = 20
 
 
@@ -56,9 +57,13 @@ class Description:
     """Shape of one sample, without the batch."""
     num_classes: int | None = None
     in_channels: int | None = None
+    attributes: Attributes = field(default_factory=dict)
+    """By module path: attributes that count channels, at their narrow values (`psenet.slicing.narrow_attributes`)."""
 
     def __post_init__(self) -> None:
         problems = []
+        if not _are_attributes(self.attributes):
+            problems.append(f"attributes must be whole numbers or lists of them by module; got {self.attributes!r}")
         if not isinstance(self.widths, Widths):
             problems.append(f"widths must be psenet.Widths; got {type(self.widths).__name__}")
         if not (self.model is None or isinstance(self.model, str)):
@@ -73,7 +78,7 @@ class Description:
 
     @classmethod
     def from_details(cls, widths: Widths, details: Mapping[str, object]) -> "Description":
-        """Build a description from widths and any of `model`, `input_shape`, `num_classes`, `in_channels`.
+        """Build a description from widths and any of its other fields.
 
         Raises:
             InputError: A key is unknown or a value is not of its kind.
@@ -87,6 +92,8 @@ class Description:
             if not isinstance(shape, list | tuple):
                 raise InputError(f"input_shape must be a list of positive integers; got {shape!r}")
             known["input_shape"] = tuple(shape)
+        if known.get("attributes") is None:
+            known.pop("attributes", None)
         return cls(widths=widths, **known)  # pyright: ignore[reportArgumentType]
 
     def to_json(self) -> str:
@@ -123,7 +130,8 @@ def save_weights(
         module: The plain module; unchanged.
         folder: Where to write; files of these names are replaced.
         widths: The channels it keeps.
-        details: Any of `model`, `input_shape`, `num_classes`, `in_channels`, for whoever reads `widths.json`.
+        details: Any of `model`, `input_shape`, `num_classes`, `in_channels`, for whoever reads `widths.json`, and
+            `attributes`, without which a module that has some cannot be rebuilt.
 
     Returns:
         The paths of the weights and of the widths.
@@ -168,10 +176,12 @@ def load(path: str | Path, factory: Callable[[], nn.Module]) -> nn.Module:
     """
     weights_path, widths_path = _locate(Path(path))
     tensors, header = _read_weights(weights_path)
+    description = None if header is None else _parse(header, weights_path)
     if widths_path is not None:
-        description = _read_description(widths_path)
-        if header is not None and _parse(header, weights_path) != description:
+        beside = _read_description(widths_path)
+        if description is not None and beside != description:
             raise InputError(f"{weights_path} and {widths_path} are of two different exports: export the model again")
+        description = beside
     model = factory()
     if not isinstance(model, nn.Module):
         raise InputError(
@@ -183,7 +193,10 @@ def load(path: str | Path, factory: Callable[[], nn.Module]) -> nn.Module:
             f"{weights_path} does not fit the module that the factory returns: {_listed(problems)}. "
             "The factory must build the original architecture, with the same number of classes"
         )
-    module = narrow_module(model, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    attributes = {} if description is None else description.attributes
+    _check_attributes(model, attributes, weights_path)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    module = narrow_module(model, shapes, attributes=attributes)
     module.load_state_dict(tensors, strict=True)
     _copy_constants(model, module)
     return module
@@ -266,6 +279,39 @@ def _mismatches(full: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tens
         if full[name].dtype != saved[name].dtype:
             problems.append(f"{name} is {saved[name].dtype} in the file and {full[name].dtype} in the module")
     return problems
+
+
+def _check_attributes(model: nn.Module, attributes: Attributes, path: Path) -> None:
+    """Make sure that only numbers that the modules have are replaced, by numbers of the same kind."""
+    modules = dict(model.named_modules())
+    problems = [
+        f"{module}.{name}"
+        for module, values in attributes.items()
+        for name, value in values.items()
+        if module not in modules or not _same_kind(vars(modules[module]).get(name), value)
+    ]
+    if problems:
+        raise InputError(
+            f"{path} sets numbers that the module which the factory returns does not have: {_listed(problems)}. "
+            "The factory must build the original architecture"
+        )
+
+
+def _same_kind(old: object, new: object) -> bool:
+    if isinstance(new, list | tuple):
+        return isinstance(old, list | tuple) and len(old) == len(new) and all(_is_count(item) for item in old)
+    return _is_count(old)
+
+
+def _are_attributes(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(values, dict)
+        and all(
+            _is_count(new) or (isinstance(new, list | tuple) and all(_is_count(item) for item in new))
+            for new in values.values()
+        )
+        for values in value.values()
+    )
 
 
 def _copy_constants(full: nn.Module, narrow: nn.Module) -> None:

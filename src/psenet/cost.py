@@ -22,6 +22,10 @@ class LinearForm:
     coefficients: tuple[tuple[int, int], ...] = ()
     """Pairs (group index, channels per unit of that group)."""
 
+    def count(self, units: Sequence[int]) -> int:
+        """Return the channels at the given units per group."""
+        return self.constant + sum(coefficient * units[group] for group, coefficient in self.coefficients)
+
     def row(self, num_groups: int) -> np.ndarray:
         """Return the coefficients as a dense row, shape (G + 1,), the constant last."""
         row = np.zeros(num_groups + 1)

@@ -62,7 +62,8 @@ def order_channels(model: nn.Module, space: WidthSpace) -> nn.Module:
         space: Its width space, from `psenet.trace`; it fits the copy as well.
 
     Returns:
-        A deep copy with permuted parameters and buffers. Units of equal importance keep their order.
+        A deep copy with permuted parameters and buffers. Units of equal importance keep their order, and so do the
+        channels of groups in which neighbours matter (a convolution that slides along the channels).
 
     Raises:
         InputError: The model is not the one that the space was traced from.
@@ -78,7 +79,12 @@ def order_channels(model: nn.Module, space: WidthSpace) -> nn.Module:
         True
     """
     importance = channel_importance(model, space)
-    orders = [np.argsort(-importance[group.name], kind="stable") for group in space.groups]
+    orders = [
+        np.arange(group.size // group.unit)
+        if number in space.wiring.ordered
+        else np.argsort(-importance[group.name], kind="stable")
+        for number, group in enumerate(space.groups)
+    ]
     ordered = copy.deepcopy(model)
     ordered.zero_grad()  # gradients of the old order
     permuted: set[int] = set()

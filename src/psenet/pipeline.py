@@ -31,6 +31,7 @@ from psenet.progress import progress_bar
 from psenet.reading import trace
 from psenet.result import FORMAT, hardware, net_record, versions
 from psenet.rundir import RunDirectory, write_json
+from psenet.slicing import narrow_attributes
 from psenet.space import WidthSpace
 from psenet.supernet import Supernet
 from psenet.training.config import TrainConfig
@@ -226,7 +227,11 @@ class _Run:
         self.say("testing, measuring latency, exporting")
         record = self._figures(baseline, {"pruned": pruned, "uniform": uniform})
         report = export_model(
-            pruned.module, self.example, self.folder.path / "model", widths=pruned.widths, details=self._details()
+            pruned.module,
+            self.example,
+            self.folder.path / "model",
+            widths=pruned.widths,
+            details=self._details(pruned.widths),
         )
         for problem in report.problems:
             self.say(f"export: {problem}")
@@ -443,9 +448,14 @@ class _Run:
             "settings": self.config.as_dict(),
         }
 
-    def _details(self) -> dict[str, object]:
+    def _details(self, widths: Widths) -> dict[str, object]:
         shape = tuple(self.example.shape[1:])
-        return {"model": self.names["model"], "input_shape": shape, "in_channels": shape[0]}
+        return {
+            "model": self.names["model"],
+            "input_shape": shape,
+            "in_channels": shape[0],
+            "attributes": narrow_attributes(self.model, self.space, widths),
+        }
 
     def _seed(self, stage: int) -> None:
         _seed(self.config, stage, self.loaders.train)

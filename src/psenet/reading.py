@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from psenet.errors import InputError
 from psenet.proof import broken_groups
@@ -31,7 +32,8 @@ def trace(
     Args:
         model: Any traceable CNN. It is not changed; it is read in eval mode.
         example_input: A batch of at least one sample, shape (B, ...).
-        divisor: Widths are multiples of this many channels (and the full size).
+        divisor: Widths are multiples of this many channels, and the full size. Channels that only live and die in
+            blocks make multiples of the least number of blocks that has so many channels.
         min_ratio: The smallest width as a share of a group's size, above 0 and at most 1.
         keep_ratios: Fix the choices to these shares of each group's size instead; `divisor` and `min_ratio` then have
             no effect.
@@ -60,7 +62,7 @@ def trace(
         if keep_ratios is not None:
             return tuple(sorted({*(max(unit, round(ratio * size / unit) * unit) for ratio in keep_ratios), size}))
         step = divisor if divisor % unit == 0 else unit * -(-divisor // unit)
-        return tuple(width for width in range(step, size, step) if width >= min_ratio * size) + (size,)
+        return tuple(width for width in range(step, size, step) if width / size >= min_ratio) + (size,)
 
     def build(frozen_groups: dict[str, str]) -> WidthSpace:
         return build_space(
@@ -94,7 +96,9 @@ def read(model: nn.Module, example_input: torch.Tensor) -> Reading:
     with _evaluating(model):
         try:
             with torch.no_grad():
-                model(example_input)
+                # On copies: the user's forward may count in its buffers or change its input in place.
+                buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+                functional_call(model, buffers, (example_input.clone(),))
         except Exception as error:  # the user's forward may raise anything
             shape = tuple(example_input.shape)
             raise InputError(f"the model refuses an input of shape {shape}: {type(error).__name__}: {error}") from error

@@ -16,6 +16,8 @@ from psenet.widths import Widths
 
 State = dict[str, torch.Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
+Attributes = dict[str, dict[str, int | list[int]]]
+"""By module path, the new values of its attributes; a list also stands for a tuple."""
 Resizer = Callable[[nn.Module, Shapes], None]
 
 _RESIZERS: dict[type[nn.Module], Resizer] = {}
@@ -45,6 +47,11 @@ def resizer(*layer_types: type[nn.Module]) -> Callable[[Resizer], Resizer]:
 def _resize_convolution(layer: nn.Module, shapes: Shapes) -> None:
     assert isinstance(layer, nn.modules.conv._ConvNd)
     out_channels, in_per_group = shapes["weight"][:2]
+    if layer.transposed:
+        in_channels, out_per_group = shapes["weight"][:2]
+        layer.groups = layer.groups * in_channels // layer.in_channels if layer.groups > 1 else 1
+        layer.in_channels, layer.out_channels = in_channels, out_per_group * layer.groups
+        return
     layer.groups = layer.groups * out_channels // layer.out_channels if layer.groups > 1 else 1
     layer.out_channels, layer.in_channels = out_channels, in_per_group * layer.groups
 
@@ -61,6 +68,27 @@ def _resize_norm(layer: nn.Module, shapes: Shapes) -> None:
     for name in ("weight", "running_mean"):
         if name in shapes:
             layer.num_features = shapes[name][0]
+
+
+@resizer(nn.LayerNorm, nn.RMSNorm)
+def _resize_layer_norm(layer: nn.Module, shapes: Shapes) -> None:
+    assert isinstance(layer, nn.LayerNorm | nn.RMSNorm)
+    layer.normalized_shape = shapes["weight"]
+
+
+@resizer(nn.GroupNorm)
+def _resize_group_norm(layer: nn.Module, shapes: Shapes) -> None:
+    assert isinstance(layer, nn.GroupNorm)
+    (num_channels,) = shapes["weight"]
+    if layer.num_groups > 1:  # groups live and die as a whole
+        layer.num_groups = layer.num_groups * num_channels // layer.num_channels
+    layer.num_channels = num_channels
+
+
+@resizer(nn.PReLU)
+def _resize_prelu(layer: nn.Module, shapes: Shapes) -> None:
+    assert isinstance(layer, nn.PReLU)
+    (layer.num_parameters,) = shapes["weight"]
 
 
 def state_of(model: nn.Module) -> State:
@@ -109,12 +137,50 @@ def sliced_shapes(state: Mapping[str, torch.Tensor], space: WidthSpace, widths: 
     return shapes
 
 
-def narrow_module(model: nn.Module, shapes: Shapes, *, device: torch.device | str | None = None) -> nn.Module:
+def narrow_attributes(model: nn.Module, space: WidthSpace, widths: Widths) -> Attributes:
+    """Return the attributes of the user's own modules that count channels, at their new values.
+
+    Args:
+        model: The full-width module.
+        space: Its width space, whose trace saw the numbers in use.
+        widths: The subnet.
+
+    Returns:
+        By module path and attribute name: an int or a list of ints, where anything changes. Layers that
+        have a resizer (convolutions, norms, ...) are not among them.
+    """
+    units = space.units(widths)
+    new_values: dict[str, dict[int, int]] = {}
+    for plan in space.wiring.constants:
+        new_values.setdefault(plan.module, {})[plan.value] = plan.form.count(units)
+    found: Attributes = {}
+    for path, new in new_values.items():
+        module = model.get_submodule(path)
+        if any(layer_type in _RESIZERS for layer_type in type(module).__mro__):
+            continue
+        for name, value in vars(module).items():
+            if isinstance(value, int) and not isinstance(value, bool) and new.get(value, value) != value:
+                found.setdefault(path, {})[name] = new[value]
+            elif isinstance(value, list | tuple) and value and all(type(item) is int for item in value):
+                changed: list[int] = [new.get(item, item) for item in value]  # pyright: ignore[reportAssignmentType]
+                if changed != list(value):
+                    found.setdefault(path, {})[name] = changed
+    return found
+
+
+def narrow_module(
+    model: nn.Module,
+    shapes: Shapes,
+    *,
+    attributes: Attributes | None = None,
+    device: torch.device | str | None = None,
+) -> nn.Module:
     """Return the same module tree with narrower tensors, not initialised.
 
     Args:
         model: The full-width module; it is not changed.
         shapes: New shape of each parameter and buffer by name; names left out keep their shape.
+        attributes: New values of the modules' own attributes, from `narrow_attributes`; None for none.
         device: Where the new tensors are; `"meta"` for a skeleton without storage, None for where the old ones are.
 
     Returns:
@@ -139,6 +205,10 @@ def narrow_module(model: nn.Module, shapes: Shapes, *, device: torch.device | st
             for layer_type in reversed(type(layer).__mro__):
                 if layer_type in _RESIZERS:
                     _RESIZERS[layer_type](layer, local)
+    for path, values in (attributes or {}).items():
+        module = narrow.get_submodule(path)
+        for name, value in values.items():
+            setattr(module, name, tuple(value) if isinstance(getattr(module, name), tuple) else value)  # pyright: ignore[reportArgumentType]
     return narrow
 
 

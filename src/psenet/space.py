@@ -10,7 +10,7 @@ from typing import overload
 
 import numpy as np
 
-from psenet.cost import PeakCost, ProductCost
+from psenet.cost import LinearForm, PeakCost, ProductCost
 from psenet.errors import InputError
 from psenet.tracing.layout import Layout
 from psenet.widths import Widths
@@ -46,17 +46,27 @@ class Frozen:
 
 @dataclass(frozen=True)
 class MaskPlan:
-    """What the parallel pass must do at a module so that dropped channels are zero where they are read.
+    """What the parallel pass must do at a module so that its result is that of each subnet alone.
 
-    A module with `norm` folds the 0/1 mask of its channels into its weight and bias and keeps statistics per subnet;
-    a module with `masked_input` reads its input across channels and gets it multiplied by the mask first.
+    A module of kind `"norm"` normalises over the batch: it folds the 0/1 mask of its channels into scale and shift and
+    keeps statistics per subnet. One of kind `"masked_input"` reads its input across channels and gets it multiplied by
+    the mask first. One of kind `"op"` computes a mean or a norm over channels, which must be over the kept ones.
     """
 
     module: str
     layout: Layout
     axis: int
     kind: str
-    """`"norm"` or `"masked_input"`."""
+
+
+@dataclass(frozen=True)
+class ConstantPlan:
+    """A number in the user's code that counts channels: attributes of the module with this value follow the widths."""
+
+    module: str
+    value: int
+    """At full width."""
+    form: LinearForm
 
 
 @dataclass(frozen=True)
@@ -66,10 +76,14 @@ class Wiring:
     Attributes:
         layouts: For every parameter and buffer with an elastic axis, the layout of each of its axes.
         masks: The modules the parallel pass must prepare.
+        constants: The numbers that modules keep as attributes and that count channels.
+        ordered: The groups whose channels must keep their order.
     """
 
     layouts: Mapping[str, tuple[Layout, ...]]
     masks: tuple[MaskPlan, ...] = ()
+    constants: tuple[ConstantPlan, ...] = ()
+    ordered: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,5 +244,8 @@ class WidthSpace:
     ) -> int | np.ndarray:
         if isinstance(widths, Widths):
             return int(formula(np.array([self.units(widths)], dtype=np.float64))[0])
+        if not isinstance(widths, np.ndarray):
+            for setting in widths:
+                self.check(setting)
         widths_NG = widths if isinstance(widths, np.ndarray) else self.to_array(widths)
         return formula((widths_NG // self._unit_G).astype(np.float64))

@@ -9,7 +9,7 @@ from torch import nn
 
 from psenet.errors import InputError
 from psenet.parallel.skeleton import ParallelSkeleton
-from psenet.slicing import load_slices, narrow_module, slice_state, sliced_shapes, state_of
+from psenet.slicing import load_slices, narrow_attributes, narrow_module, slice_state, sliced_shapes, state_of
 from psenet.space import WidthSpace
 from psenet.widths import Widths
 
@@ -94,7 +94,7 @@ class Supernet(nn.Module):
         recalibrating it changes nothing else. It cannot be deep-copied or saved as weights; `extract` can.
         """
         state = state_of(self.model)
-        module = narrow_module(self.model, sliced_shapes(state, self.space, widths), device="meta")
+        module = self._narrow(widths, device="meta")
         slices = slice_state(state, self.space, widths)
         owners = {name: _owner(module, name) for name in slices}
         buffers = {name for name, tensor in state.items() if not isinstance(tensor, nn.Parameter)}
@@ -115,9 +115,14 @@ class Supernet(nn.Module):
     def extract(self, widths: Widths) -> nn.Module:
         """Return a plain module of this subnet that owns a copy of its weights and needs no psenet."""
         state = state_of(self.model)
-        module = narrow_module(self.model, sliced_shapes(state, self.space, widths))
+        module = self._narrow(widths)
         load_slices(module, slice_state(state, self.space, widths))
         return module.train(self.training)
+
+    def _narrow(self, widths: Widths, device: str | None = None) -> nn.Module:
+        shapes = sliced_shapes(state_of(self.model), self.space, widths)
+        attributes = narrow_attributes(self.model, self.space, widths)
+        return narrow_module(self.model, shapes, attributes=attributes, device=device)
 
     def _pass(self, x: torch.Tensor, subnets: list[Widths], ceiling: Widths) -> torch.Tensor:
         key = (ceiling, len(subnets))

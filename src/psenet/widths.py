@@ -77,5 +77,5 @@ class Widths(Mapping[str, int]):
 def _is_positive_int(value: object) -> bool:
     try:
         return int(value) == value and int(value) > 0  # pyright: ignore[reportArgumentType]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # int(infinity) overflows
         return False

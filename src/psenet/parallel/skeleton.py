@@ -6,6 +6,7 @@ the channel axis, without a copy. Two hooks on our own copy of the module do the
 - A batch norm runs on that view with n * C features: one native call, statistics per subnet. Its scale and shift are
   those of the layer, repeated n times and multiplied by the 0/1 masks, so dropped channels leave it as exact zeros.
 - A layer that reads across channels which are not zero by then (see `psenet.tracing`) gets its input masked.
+- A module that computes norms or means over channels computes them over the kept ones (see `psenet.parallel.ops`).
 
 Legend: n subnets, B batch, C channels at the ceiling.
 """
@@ -17,8 +18,9 @@ from torch import nn
 from torch.func import functional_call
 
 from psenet.parallel.masks import MaskTable
-from psenet.slicing import State, narrow_module, slice_state, sliced_shapes, state_of
-from psenet.space import MaskPlan, WidthSpace
+from psenet.parallel.ops import MASK, mask_ops
+from psenet.slicing import State, narrow_attributes, narrow_module, slice_state, sliced_shapes, state_of
+from psenet.space import WidthSpace
 from psenet.widths import Widths
 
 _MASK = "psenet_mask"
@@ -38,17 +40,26 @@ class ParallelSkeleton:
         self.ceiling = ceiling
         self.num_subnets = num_subnets
         self._space = space
-        self._plans = _plans(model, space)
+        self._plans = space.wiring.masks
+        self._folded = [plan.kind == "norm" and _is_batch_norm(model, plan.module) for plan in self._plans]
         self._table = MaskTable(space, [plan.layout for plan in self._plans], ceiling)
         shapes = sliced_shapes(state_of(model), space, ceiling)
-        for plan in self._plans:
-            if plan.kind == "norm":
+        for plan, folded in zip(self._plans, self._folded, strict=True):
+            if folded:
                 for name in _norm_tensors(plan.module):
                     if name in shapes:
                         shapes[name] = (shapes[name][0] * num_subnets,)
-        self.module = narrow_module(model, shapes, device="meta")
-        for plan in self._plans:
-            _prepare(self.module.get_submodule(plan.module), plan, num_subnets)
+        attributes = narrow_attributes(model, space, ceiling)
+        self.module = narrow_module(model, shapes, attributes=attributes, device="meta")
+        for plan, folded in zip(self._plans, self._folded, strict=True):
+            layer = self.module.get_submodule(plan.module)
+            if folded:
+                _prepare_norm(layer, num_subnets)
+            elif plan.kind == "masked_input":
+                layer.register_buffer(_MASK, torch.empty(0, dtype=torch.bool, device="meta"), persistent=False)
+                layer.register_forward_pre_hook(_mask_input(plan.axis, num_subnets))
+            else:
+                mask_ops(layer, plan.axis, num_subnets)
 
     def __call__(self, state: Mapping[str, torch.Tensor], x: torch.Tensor, widths: Sequence[Widths]) -> torch.Tensor:
         """Run the pass.
@@ -63,11 +74,12 @@ class ParallelSkeleton:
         """
         masks = self._table.masks(widths, x.device)
         tensors = slice_state(state, self._space, self.ceiling)
-        for plan, mask_nC in zip(self._plans, masks, strict=True):
-            if plan.kind == "norm":
+        for plan, folded, mask_nC in zip(self._plans, self._folded, masks, strict=True):
+            if folded:
                 self._fold(tensors, plan.module, mask_nC)
             else:
-                tensors[f"{plan.module}.{_MASK}"] = mask_nC
+                name = _MASK if plan.kind == "masked_input" else MASK
+                tensors[f"{plan.module}.{name}" if plan.module else name] = mask_nC
         return functional_call(self.module, tensors, (x,), tie_weights=False)  # each tied name comes with its slice
 
     def _fold(self, tensors: State, path: str, mask_nC: torch.Tensor) -> None:
@@ -85,10 +97,6 @@ class ParallelSkeleton:
         tensors.pop(f"{path}.num_batches_tracked", None)
 
 
-def _plans(model: nn.Module, space: WidthSpace) -> list[MaskPlan]:
-    return [plan for plan in space.wiring.masks if plan.kind == "masked_input" or _is_batch_norm(model, plan.module)]
-
-
 def _is_batch_norm(model: nn.Module, path: str) -> bool:
     return isinstance(model.get_submodule(path), nn.modules.batchnorm._BatchNorm)
 
@@ -97,12 +105,8 @@ def _norm_tensors(path: str) -> tuple[str, str, str, str]:
     return f"{path}.weight", f"{path}.bias", f"{path}.running_mean", f"{path}.running_var"
 
 
-def _prepare(layer: nn.Module, plan: MaskPlan, num_subnets: int) -> None:
-    """Put the hooks on a layer of our own copy."""
-    if plan.kind == "masked_input":
-        layer.register_buffer(_MASK, torch.empty(0, dtype=torch.bool, device="meta"), persistent=False)
-        layer.register_forward_pre_hook(_mask_input(plan.axis, num_subnets))
-        return
+def _prepare_norm(layer: nn.Module, num_subnets: int) -> None:
+    """Put the hooks on a batch norm of our own copy."""
     if "num_batches_tracked" in layer._buffers:
         layer._buffers["num_batches_tracked"] = None
     if layer.weight is None:

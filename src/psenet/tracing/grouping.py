@@ -15,7 +15,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from psenet.cost import LinearForm, PeakCost, ProductCost
-from psenet.space import ChannelGroup, Frozen, MaskPlan, SpaceCosts, WidthSpace, Wiring
+from psenet.space import ChannelGroup, ConstantPlan, Frozen, MaskPlan, SpaceCosts, WidthSpace, Wiring
 from psenet.tracing.layout import Layout, Run, frozen_layout, linear_form
 from psenet.tracing.reader import NO_CHANNEL, MaskNeed, Reading, Value
 
@@ -67,13 +67,19 @@ def build_space(
     masks = tuple(
         MaskPlan(need.module, grouping.layout(need.ids), need.axis, need.kind)
         for need in _one_per_module(reading.masks)
-        if need.kind == "norm" or grouping.elastic(need.ids)
+        if need.kind == "norm" or grouping.elastic(need.ids)  # statistics over the batch are per subnet anyway
     )
+    constants = tuple(
+        ConstantPlan(constant.module, constant.value, grouping.count_form(constant.ids, 1))
+        for constant in reading.constants
+        if grouping.elastic(constant.ids)
+    )
+    ordered = frozenset(group for ids in reading.ordered for group in grouping.groups_on(ids))
     return WidthSpace(
         groups,
         _costs(reading, grouping, layouts, batch_size),
         frozen=grouping.frozen_layers(),
-        wiring=Wiring(layouts, masks),
+        wiring=Wiring(layouts, masks, constants, ordered),
     )
 
 
@@ -114,7 +120,10 @@ class _Grouping:
         ]
 
     def elastic(self, ids: np.ndarray) -> bool:
-        return bool((self._groups_of(ids) >= 0).any())
+        return bool(self.groups_on(ids))
+
+    def groups_on(self, ids: np.ndarray) -> set[int]:
+        return {int(group) for group in np.unique(self._groups_of(ids)) if group >= 0}
 
     def layout(self, ids: np.ndarray) -> Layout:
         """Return an axis of ids as runs."""
@@ -144,7 +153,10 @@ class _Grouping:
             fixed = self._class_of[ids[self._groups_of(ids) < 0]]
             if len(fixed):
                 reasons = [self._reasons[label] for label in dict.fromkeys(fixed.tolist()) if label in self._reasons]
-                reason = reasons[0] if reasons else "one channel cannot be fewer"
+                alone = (
+                    "one channel cannot be fewer" if len(ids) == 1 else "its channels are those of the model's input"
+                )
+                reason = reasons[0] if reasons else alone
                 frozen.append(Frozen(layer, reason, macs.get(layer, 0) / total))
         return frozen
 
@@ -208,7 +220,9 @@ class _Grouping:
         size = len(self._class_of) + 1
         follows, precedes = np.full(size, _UNSEEN), np.full(size, _UNSEEN)
         arrays = {ids.tobytes(): ids for axes in self._reading.axes.values() for ids in axes if ids is not None}
-        arrays |= {need.ids.tobytes(): need.ids for need in self._reading.masks}
+        others = [need.ids for need in self._reading.masks]
+        others += [constant.ids for constant in self._reading.constants] + self._reading.ordered
+        arrays |= {ids.tobytes(): ids for ids in others}
         frozen_classes = np.array([*self._reasons, self._class_of[NO_CHANNEL]])
         for ids in arrays.values():
             labels = self._class_of[ids]

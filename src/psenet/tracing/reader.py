@@ -11,7 +11,7 @@ through any re-arrangement.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -30,12 +30,14 @@ class Value:
         shape: Shape of the tensor, batch included.
         zero: In the parallel pass, dropped channels of this tensor are exactly zero.
         itemsize: Bytes per element.
+        state: The parameter's or buffer's name, if the tensor is one itself.
     """
 
     ids: np.ndarray
     shape: tuple[int, ...]
     zero: bool
     itemsize: int = 4
+    state: str | None = None
 
     def axis_ids(self, axis: int) -> np.ndarray | None:
         """Return the ids along `axis`, shape (size,), or None if another axis carries channels."""
@@ -70,6 +72,15 @@ class MaskNeed:
 
 
 @dataclass(frozen=True)
+class Constant:
+    """A size in the user's code that counts channels: an attribute of the module with this value follows them."""
+
+    module: str
+    value: int
+    ids: np.ndarray
+
+
+@dataclass(frozen=True)
 class Freeze:
     """Ids that must not vary, and why."""
 
@@ -94,6 +105,9 @@ class Reading:
     """Full shape of every parameter of the model, used or not, tied ones once."""
     macs: list[MacTerm] = field(default_factory=list)
     masks: list[MaskNeed] = field(default_factory=list)
+    constants: list[Constant] = field(default_factory=list)
+    ordered: list[np.ndarray] = field(default_factory=list)
+    """Ids whose order matters: they must not be sorted by importance."""
     moments: list[list[Value]] = field(default_factory=list)
     """The tensors alive at each op, batch included."""
     outputs_of: dict[str, np.ndarray] = field(default_factory=dict)
@@ -132,6 +146,15 @@ class Call:
         """Shape of the op's (first) output."""
         return _shape(self.node)
 
+    @property
+    def depends_on_input(self) -> bool:
+        """Whether the op works on activations, and not on parameters and buffers alone."""
+        return any(self._reader.is_activation(node) for node in self.node.all_input_nodes)
+
+    def results(self) -> list[tuple[tuple[int, ...], int]]:
+        """Return shape and bytes per element of every output of an op that returns several."""
+        return [(tuple(int(size) for size in out.shape), out.element_size()) for out in self.node.meta["val"]]
+
     def value(self, argument: Any) -> Value:
         """Return what is known of a tensor argument."""
         return self._reader.value(argument)
@@ -144,7 +167,7 @@ class Call:
 
     def state_name(self, argument: Any) -> str | None:
         """Return the name of the parameter or buffer that an argument is, or None if it is computed."""
-        return self._reader.state_names.get(argument.name) if isinstance(argument, fx.Node) else None
+        return self._reader.state_name(argument) if isinstance(argument, fx.Node) else None
 
     def where(self) -> str:
         """Return the op and the module's path, for messages."""
@@ -198,9 +221,7 @@ class Call:
             return
         name = self.state_name(argument)
         if name is None:
-            for ids in axes:
-                if ids is not None:
-                    self.freeze(ids, "the weight is computed, not a parameter")
+            self._follow_computed(argument, axes)
             return
         known = self.reading.axes.setdefault(name, [None] * len(axes))
         for axis, ids in enumerate(axes):
@@ -209,6 +230,46 @@ class Call:
                 known[axis] = ids
             elif ids is not None:
                 self.tie(before, ids)
+
+    def _follow_computed(self, argument: Any, axes: list[np.ndarray | None]) -> None:
+        value = self.value(argument)
+        for axis, ids in enumerate(axes):
+            if ids is None or not (ids != NO_CHANNEL).any():
+                continue
+            if _is_expanded(argument, axis):  # the same for every channel, however many there are
+                self.constant(len(ids), ids)
+            elif value.tracked() and (theirs := value.axis_ids(axis)) is not None:
+                self.tie(ids, theirs)
+            else:
+                self.freeze(ids, "the weight is computed, not a parameter")
+
+    def claim(self, value: Value, other: Value) -> Value:
+        """Let a parameter or buffer of several axes, used as it is, follow the channels it is broadcast against."""
+        if value.state is None or value.tracked() or not other.tracked():
+            return value
+        shift = other.ids.ndim - len(value.shape)
+        axes: list[np.ndarray | None] = [None] * len(value.shape)
+        for axis, size in enumerate(value.shape):
+            if axis + shift >= 0 and size > 1 and other.ids.shape[axis + shift] == size:
+                axes[axis] = other.axis_ids(axis + shift)
+        found = [axis for axis, ids in enumerate(axes) if ids is not None]
+        if len(found) != 1:
+            return value
+        self.follow(self._reader.node_of(value.state), axes)
+        shape = [1] * len(value.shape)
+        shape[found[0]] = value.shape[found[0]]
+        ids = axes[found[0]]
+        assert ids is not None
+        return replace(value, ids=ids.reshape(shape))
+
+    def constant(self, value: int, ids: np.ndarray) -> None:
+        """Say that a number in the user's code counts these channels."""
+        if value > 1 and (ids != NO_CHANNEL).any():
+            self.reading.constants.append(Constant(self.module, int(value), np.ascontiguousarray(ids).reshape(-1)))
+
+    def keep_order(self, ids: np.ndarray) -> None:
+        """Say that neighbours matter: these channels may be dropped from the end, but not be sorted."""
+        self.reading.ordered.append(ids)
 
     def count_macs(self, scale: int, left: np.ndarray | None, right: np.ndarray | None, out: np.ndarray) -> None:
         """Add `scale * left * right` MACs to this layer, whose output channels are `out`."""
@@ -220,12 +281,21 @@ class Call:
         if not value.zero and value.tracked():
             self.reading.masks.append(MaskNeed(self.module, ids, axis, "masked_input"))
 
-    def normalises(self, ids: np.ndarray, axis: int) -> None:
-        """Say that this layer is a batch norm: statistics per subnet, the mask folded into its scale and shift."""
-        self.reading.masks.append(MaskNeed(self.module, ids, axis, "norm"))
+    def needs_mask(self, ids: np.ndarray, axis: int, kind: str) -> None:
+        """Say that the parallel pass must prepare this module; see `psenet.space.MaskPlan` for the kinds."""
+        self.reading.masks.append(MaskNeed(self.module, ids, axis, kind))
 
 
 Rule = Callable[[Call], Value | tuple[Value, ...]]
+
+
+@dataclass(frozen=True)
+class _State:
+    """A parameter or buffer, and the channels of its own that it has if it is long on one axis only."""
+
+    node: fx.Node
+    axis: int = 0
+    ids: np.ndarray | None = None
 
 
 class Reader:
@@ -255,6 +325,9 @@ class Reader:
         self._user_inputs = set(signature.user_inputs)
         self._graph = program.graph
         self._known: dict[fx.Node, Value | tuple[Value, ...]] = {}
+        self._inner_names: dict[fx.Node, str] = {}
+        self._activations: set[fx.Node] = set()
+        self._states: dict[str, _State] = {}
 
     def read(self) -> Reading:
         """Walk the graph and return what was found."""
@@ -265,8 +338,22 @@ class Reader:
                 self._known[node] = self._apply(node)
             elif node.op == "output":
                 self._freeze_outputs(node)
+        self._settle_states()
+        self._settle_masks()
         self.reading.moments = list(self._moments())
         return self.reading
+
+    def is_activation(self, node: fx.Node) -> bool:
+        """Tell whether a node depends on the model's input."""
+        return node in self._activations
+
+    def node_of(self, state: str) -> fx.Node:
+        """Return the node of a parameter or buffer."""
+        return self._states[state].node
+
+    def state_name(self, node: fx.Node) -> str | None:
+        """Return the name of the parameter or buffer that a node is, or None."""
+        return self._inner_names.get(node) or (self.state_names.get(node.name) if node.op == "placeholder" else None)
 
     def known(self, node: fx.Node) -> Value | tuple[Value, ...]:
         """Return what is known of a node's result."""
@@ -282,19 +369,71 @@ class Reader:
 
     def fresh(self, count: int, maker: str) -> np.ndarray:
         """Return `count` new ids made by a layer."""
-        ids = np.arange(self.reading.num_ids, self.reading.num_ids + count, dtype=np.int64)
-        self.reading.num_ids += count
+        ids = self._new_ids(count)
+        calls = sum(name.partition("#")[0] == maker for name, _ in self.reading.makers)
+        maker = f"{maker}#{calls + 1}" if calls else maker
         self.reading.makers.append((maker, ids))
         return ids
 
     def _placeholder(self, node: fx.Node) -> Value:
         shape = _shape(node)
         name = self.state_names.get(node.name)
-        if name is not None:
-            self.reading.shapes[name] = shape
-        return Value(np.full([1] * len(shape), NO_CHANNEL, np.int64), shape, name is None, _itemsize(node))
+        ids = np.full([1] * len(shape), NO_CHANNEL, np.int64)
+        if name is None:
+            self._activations.add(node)
+            return Value(ids, shape, True, _itemsize(node))
+        self.reading.shapes[name] = shape
+        long = [axis for axis, size in enumerate(shape) if size > 1]
+        if len(long) == 1:  # used as it is (a layer scale, say), it follows what it meets
+            first = self._states.get(name)
+            own = self._new_ids(shape[long[0]]) if first is None or first.ids is None else first.ids
+            self._states[name] = _State(node, long[0], own)
+            ids = own.reshape([size if axis == long[0] else 1 for axis, size in enumerate(shape)])
+        else:
+            self._states[name] = _State(node)
+        return Value(ids, shape, False, _itemsize(node), name)
+
+    def _new_ids(self, count: int) -> np.ndarray:
+        ids = np.arange(self.reading.num_ids, self.reading.num_ids + count, dtype=np.int64)
+        self.reading.num_ids += count
+        return ids
+
+    def _settle_states(self) -> None:
+        """Tie the channels of parameters and buffers used as they are to those they have as a layer's."""
+        for name, state in self._states.items():
+            if state.ids is None:
+                continue
+            axes = self.reading.axes.setdefault(name, [None] * len(self.reading.shapes[name]))
+            ids = axes[state.axis]
+            if ids is None:
+                axes[state.axis] = state.ids
+                continue
+            both = ids != NO_CHANNEL
+            self.reading.ties.append((state.ids[both], ids[both]))
+            if not both.all():
+                self.reading.freezes.append(Freeze(state.ids[~both], f"{name} stands for channels that always stay"))
+
+    def _settle_masks(self) -> None:
+        """A module is prepared once for all its calls: their channels must be the same."""
+        first: dict[tuple[str, str], MaskNeed] = {}
+        for need in self.reading.masks:
+            known = first.setdefault((need.module, need.kind), need)
+            if known is need:
+                continue
+            if (known.ids.shape, known.axis) != (need.ids.shape, need.axis):
+                reason = f"{need.module} reads channels of different tensors in the same way"
+                self.reading.freezes += [Freeze(_real(ids), reason) for ids in (known.ids, need.ids)]
+                continue
+            both = (known.ids != NO_CHANNEL) & (need.ids != NO_CHANNEL)
+            self.reading.ties.append((known.ids[both], need.ids[both]))
+            alone = [_real(ids[~both]) for ids in (known.ids, need.ids)]
+            self.reading.freezes += [Freeze(ids, f"{need.module} also reads channels that stay") for ids in alone]
 
     def _apply(self, node: fx.Node) -> Value | tuple[Value, ...]:
+        if any(source in self._activations for source in node.all_input_nodes):
+            self._activations.add(node)
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            return self._apply_graph(node)
         if not isinstance(node.target, torch._ops.OpOverload):  # operator.getitem on a tuple of results
             container = self._known[node.args[0]]  # pyright: ignore[reportArgumentType]
             index = node.args[1]
@@ -308,9 +447,19 @@ class Reader:
             return _untracked(node)
         result = rule(call)
         changed = node.args[0] if node.target._schema.is_mutable else None
-        if isinstance(changed, fx.Node):  # an in-place op changes its argument too
+        if isinstance(changed, fx.Node) and isinstance(result, Value):  # an in-place op changes its argument too
             self._known[changed] = result
+            self._spoil(changed, result.zero)
         return result
+
+    def _spoil(self, node: fx.Node, zero: bool) -> None:
+        """A tensor of which a view was changed is zero on dropped channels only if the view is."""
+        base = _aliased(node)
+        while base is not None:
+            known = self._known[base]
+            if isinstance(known, Value):
+                self._known[base] = replace(known, zero=known.zero and zero)
+            base = _aliased(base)
 
     def _freeze_outputs(self, node: fx.Node) -> None:
         for source in node.all_input_nodes:
@@ -320,27 +469,58 @@ class Reader:
                 if len(ids):
                     self.reading.freezes.append(Freeze(ids.reshape(-1), "the model's output"))
 
+    def _apply_graph(self, node: fx.Node) -> Value | tuple[Value, ...]:
+        """Walk a part of the forward that is a graph of its own: `torch.no_grad()`, `torch.autocast`."""
+        nodes = [argument for argument in node.args if isinstance(argument, fx.Node)]
+        graphs = [found for operand in nodes if (found := self._graph_of(operand)) is not None]
+        operands = [operand for operand in nodes if self._graph_of(operand) is None]
+        places = [inside for inside in graphs[0].nodes if inside.op == "placeholder"] if len(graphs) == 1 else []
+        if len(places) != len(operands) or any(inside.op == "get_attr" for inside in graphs[0].nodes):
+            for operand in operands:
+                known = self._known[operand]
+                for value in known if isinstance(known, tuple) else (known,):
+                    self.reading.freezes.append(Freeze(_real(value.ids), f"no rule for this op ({node.target})"))
+            return _untracked(node)
+        for place, operand in zip(places, operands, strict=True):
+            self._known[place] = self._known[operand]
+            if operand in self._activations:
+                self._activations.add(place)
+            name = self.state_name(operand)
+            if name is not None:
+                self._inner_names[place] = name
+        results: tuple[Value, ...] = ()
+        for inside in graphs[0].nodes:
+            if inside.op == "call_function":
+                self._known[inside] = self._apply(inside)
+            elif inside.op == "output":
+                results = tuple(self.value(result) for result in inside.args[0])  # pyright: ignore[reportGeneralTypeIssues, reportOptionalIterable]
+        return results
+
+    def _graph_of(self, node: fx.Node) -> fx.Graph | None:
+        found = getattr(node.graph.owning_module, str(node.target), None) if node.op == "get_attr" else None
+        return found.graph if isinstance(found, fx.GraphModule) else None
+
     def _moments(self) -> Iterator[list[Value]]:
-        """Yield the activations alive at each op: made, and needed by it or later."""
-        root: dict[fx.Node, fx.Node] = {}
-        last_use: dict[fx.Node, int] = {}
+        """Yield the activations alive at each op: made, and needed by it or later. Tensors of one storage are one."""
+        fixed = {key for node in self._graph.nodes if node.name in self.state_names for key in _storages(node)}
+        made: dict[int, Value] = {}
+        last_use: dict[int, int] = {}
+        births: dict[int, list[int]] = {}
         for position, node in enumerate(self._graph.nodes):
-            if node.name in self.state_names or node.op not in ("placeholder", "call_function"):
+            if node.op not in ("placeholder", "call_function"):
                 continue
-            source = _aliased(node)
-            first = node if source is None else root.get(source, node)
-            assert first is not None
-            root[node] = first
-            positions = [position, *(self._position(user) for user in node.users)]
-            last_use[first] = max(last_use.get(first, 0), *positions)
-        alive: set[fx.Node] = set()
-        for position, node in enumerate(self._graph.nodes):
-            if root.get(node) is not node:
-                continue
-            alive.add(node)
-            known = [self._known[tensor] for tensor in alive]
-            yield [value for value in known if isinstance(value, Value)]
-            alive = {tensor for tensor in alive if last_use[tensor] > position}
+            known = self._known[node]
+            for key, value in zip(_storages(node), known if isinstance(known, tuple) else (known,), strict=False):
+                if key in fixed:
+                    continue
+                if key not in made:
+                    made[key] = value
+                    births.setdefault(position, []).append(key)
+                last_use[key] = max(last_use.get(key, 0), position, *(self._position(user) for user in node.users))
+        alive: set[int] = set()
+        for position, keys in births.items():
+            alive = {key for key in alive if last_use[key] >= position} | set(keys)
+            yield [made[key] for key in alive]
 
     def _position(self, node: fx.Node) -> int:
         if not hasattr(self, "_positions"):
@@ -360,14 +540,47 @@ def _aliased(node: fx.Node) -> fx.Node | None:
     return None
 
 
+def _real(ids: np.ndarray) -> np.ndarray:
+    return ids[ids != NO_CHANNEL].reshape(-1)
+
+
+def _is_expanded(argument: Any, axis: int) -> bool:
+    """Tell whether a tensor is a repetition of one slice along an axis."""
+    if not isinstance(argument, fx.Node) or not str(argument.target).startswith("aten.expand"):
+        return False
+    base, rank = _shape(argument.args[0]), len(_shape(argument))  # pyright: ignore[reportArgumentType]
+    axis -= rank - len(base)
+    return axis < 0 or base[axis] == 1
+
+
 def _out_of_place(op: str) -> str:
     namespace, name, overload = op.split(".", 2)
     return f"{namespace}.{name.removesuffix('_')}.{overload}"
 
 
-def _untracked(node: fx.Node) -> Value:
-    shape = _shape(node)
-    return Value(np.full([1] * len(shape), NO_CHANNEL, np.int64), shape, True, _itemsize(node))
+def _untracked(node: fx.Node) -> Value | tuple[Value, ...]:
+    values = [
+        Value(
+            np.full([1] * tensor.ndim, NO_CHANNEL, np.int64), tuple(map(int, tensor.shape)), True, tensor.element_size()
+        )
+        for tensor in _results(node)
+    ]
+    return tuple(values) if isinstance(node.meta.get("val"), tuple | list) else values[0] if values else _NOTHING
+
+
+def _results(node: fx.Node) -> list[torch.Tensor]:
+    """Return the (fake) tensors that an op returns."""
+    results = node.meta.get("val")
+    results = results if isinstance(results, tuple | list) else [results]
+    return [tensor for tensor in results if isinstance(tensor, torch.Tensor)]
+
+
+def _storages(node: fx.Node) -> list[int]:
+    """Return a key for the memory of each tensor that an op returns; export's fake tensors share it as real ones do."""
+    return [tensor.untyped_storage()._cdata for tensor in _results(node)]
+
+
+_NOTHING = Value(np.full((), NO_CHANNEL, np.int64), (), True, 0)
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:
@@ -378,5 +591,5 @@ def _shape(node: fx.Node) -> tuple[int, ...]:
 
 
 def _itemsize(node: fx.Node) -> int:
-    tensor = node.meta.get("val")
-    return tensor.element_size() if isinstance(tensor, torch.Tensor) else 0
+    results = _results(node)
+    return results[0].element_size() if results else 0

@@ -1,0 +1,200 @@
+"""Ops over channels inside a module, made to see the kept channels only.
+
+Layer norms, means over channels and batch norms that a module calls as functions are replaced while that module of our
+own copy runs; every other op runs as it is.
+
+Legend: n subnets, B batch, C channels at the ceiling, M = B / n samples a subnet.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+MASK = "psenet_op_mask"
+"""Name of the buffer that holds the mask, shape (n, C)."""
+
+
+def mask_ops(layer: nn.Module, axis: int, num_subnets: int) -> None:
+    """Make the ops over channels that a module calls see the kept channels only.
+
+    Args:
+        layer: A module of our own copy; it gets a buffer for the mask.
+        axis: The channel axis of what the ops read.
+        num_subnets: n; sample j belongs to subnet j mod n.
+    """
+    layer.register_buffer(MASK, torch.empty(0, dtype=torch.bool, device="meta"), persistent=False)
+    run = layer.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with _MaskedOps(layer.get_buffer(MASK), axis, num_subnets):
+            return run(*args, **kwargs)
+
+    layer.forward = forward
+
+
+class _MaskedOps(TorchFunctionMode):
+    """Replaces the ops of `_MASKED` on tensors whose channel axis is as long as the mask."""
+
+    def __init__(self, mask_nC: torch.Tensor, axis: int, num_subnets: int) -> None:
+        super().__init__()
+        self._mask_nC = mask_nC
+        self._axis = axis
+        self._num_subnets = num_subnets
+
+    def __torch_function__(
+        self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        masked = _MASKED.get(getattr(func, "__name__", ""))
+        x = args[0] if args else given.get("input")
+        if masked is None or not isinstance(x, torch.Tensor) or not self._reads(x):
+            return func(*args, **given)
+        return masked(x, self._mask_for(x), *args[1:], **{key: value for key, value in given.items() if key != "input"})
+
+    def _reads(self, x: torch.Tensor) -> bool:
+        n, num_channels = self._mask_nC.shape
+        return -x.ndim <= self._axis < x.ndim and x.shape[self._axis] == num_channels and x.shape[0] % n == 0
+
+    def _mask_for(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the mask as 0 and 1, broadcastable to (M, n, ...)."""
+        shape = [1] * (x.ndim + 1)
+        shape[1], shape[self._axis % x.ndim + 1] = self._mask_nC.shape
+        return self._mask_nC.reshape(shape).to(x.dtype)
+
+
+def _by_subnet(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    n = mask.shape[1]
+    return x.reshape(x.shape[0] // n, n, *x.shape[1:])
+
+
+def _kept_mean(x: torch.Tensor, mask: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:
+    """Return the mean of (M, n, ...) over axes, the kept channels alone, axes kept."""
+    size = math.prod(x.shape[axis] for axis in axes)
+    count = mask.sum(tuple(axes), keepdim=True) * (size / math.prod(mask.shape[axis] for axis in axes))
+    return (x * mask).sum(tuple(axes), keepdim=True) / count
+
+
+def _last(x: torch.Tensor, num: int) -> list[int]:
+    return list(range(x.ndim - num, x.ndim))
+
+
+def _layer_norm(
+    x: torch.Tensor,
+    mask: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    *_: object,
+) -> torch.Tensor:
+    split = _by_subnet(x, mask)
+    axes = _last(split, len(normalized_shape))
+    centred = (split - _kept_mean(split, mask, axes)) * mask
+    return _scale(centred, mask, _kept_mean(centred.square(), mask, axes), eps, weight, bias).reshape(x.shape)
+
+
+def _rms_norm(
+    x: torch.Tensor,
+    mask: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None = None,
+    eps: float | None = None,
+) -> torch.Tensor:
+    split = _by_subnet(x, mask)
+    axes = _last(split, len(normalized_shape))
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    return _scale(split * mask, mask, _kept_mean(split.square(), mask, axes), eps, weight, None).reshape(x.shape)
+
+
+def _group_norm(
+    x: torch.Tensor,
+    mask: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    *_: object,
+) -> torch.Tensor:
+    assert num_groups == 1, "several groups live and die as wholes and need no mask"
+    split = _by_subnet(x, mask)
+    axes = list(range(2, split.ndim))
+    centred = (split - _kept_mean(split, mask, axes)) * mask
+    weight, bias = (None if tensor is None else tensor.reshape(-1, *[1] * (x.ndim - 2)) for tensor in (weight, bias))
+    return _scale(centred, mask, _kept_mean(centred.square(), mask, axes), eps, weight, bias).reshape(x.shape)
+
+
+def _scale(
+    centred: torch.Tensor,
+    mask: torch.Tensor,
+    variance: torch.Tensor,
+    eps: float,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Finish a norm; what is dropped stays zero."""
+    out = centred * torch.rsqrt(variance + eps)
+    out = out if weight is None else out * weight
+    return out if bias is None else out + bias * mask
+
+
+def _mean(x: torch.Tensor, mask: torch.Tensor, dim: Any = None, keepdim: bool = False, **_: object) -> torch.Tensor:
+    axes = _axes(x, dim)
+    if not any(mask.shape[axis + 1] > 1 for axis in axes):
+        return torch.mean(x, axes, keepdim)
+    means = _kept_mean(_by_subnet(x, mask), mask, [axis + 1 for axis in axes])
+    return _reduced(means, x, axes, keepdim)
+
+
+def _sum(x: torch.Tensor, mask: torch.Tensor, dim: Any = None, keepdim: bool = False, **_: object) -> torch.Tensor:
+    axes = _axes(x, dim)
+    if not any(mask.shape[axis + 1] > 1 for axis in axes):
+        return torch.sum(x, axes, keepdim)
+    return _reduced((_by_subnet(x, mask) * mask).sum([axis + 1 for axis in axes], keepdim=True), x, axes, keepdim)
+
+
+def _reduced(result: torch.Tensor, x: torch.Tensor, axes: list[int], keepdim: bool) -> torch.Tensor:
+    result = result.reshape([1 if axis in axes else size for axis, size in enumerate(x.shape)])
+    return result if keepdim else result.reshape([size for axis, size in enumerate(x.shape) if axis not in axes])
+
+
+def _axes(x: torch.Tensor, dim: Any) -> list[int]:
+    if dim is None:
+        return list(range(x.ndim))
+    return [axis % x.ndim for axis in ([dim] if isinstance(dim, int) else dim)]
+
+
+def _batch_norm(
+    x: torch.Tensor,
+    mask: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *_: object,
+) -> torch.Tensor:
+    n, num_channels = mask.shape[1], x.shape[1]
+    mean, variance = (None if tensor is None else tensor.detach().repeat(n) for tensor in (running_mean, running_var))
+    split = x.reshape(x.shape[0] // n, n * num_channels, *x.shape[2:])
+    out = nn.functional.batch_norm(split, mean, variance, None, None, training, momentum, eps)
+    out = out.reshape(x.shape[0] // n, n, *x.shape[1:]) * mask
+    for tensor, combine in ((weight, torch.mul), (bias, torch.add)):
+        if tensor is not None:
+            out = combine(out, tensor.reshape(-1, *[1] * (x.ndim - 2)) * mask)
+    return out.reshape(x.shape)
+
+
+_MASKED: dict[str, Callable[..., torch.Tensor]] = {
+    "layer_norm": _layer_norm,
+    "rms_norm": _rms_norm,
+    "group_norm": _group_norm,
+    "batch_norm": _batch_norm,
+    "mean": _mean,
+    "sum": _sum,
+}
