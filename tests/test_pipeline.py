@@ -43,10 +43,9 @@ from colours import (
     widths_of,
 )
 from psenet import Budget, PruneConfig, PruneResult, Widths
-from psenet.budget import Limits
+from psenet.budget import Limits, uniform_widths
 from psenet.evolution import Evaluation, SearchResult
 from psenet.models import digits_resnet
-from psenet.pipeline import uniform_widths
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 

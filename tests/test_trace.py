@@ -12,7 +12,8 @@ import psenet
 from architectures import ARCHITECTURES, traced
 from psenet.errors import InputError
 from psenet.space import WidthSpace
-from psenet.tracing.reader import Call, Value
+from psenet.tracing.call import Call
+from psenet.tracing.facts import Value
 from psenet.tracing.rules import RULES, rule
 from psenet.widths import Widths
 

@@ -8,13 +8,14 @@ with `train_supernet`, fit a `Prior`, `search` inside a `Budget` with a `Superne
 from psenet import training
 from psenet.artifact import load
 from psenet.budget import Budget
+from psenet.config import PruneConfig
 from psenet.errors import InputError
 from psenet.evaluate import SupernetScore
 from psenet.evolution import search
 from psenet.export import export_model
 from psenet.history import History
 from psenet.importance import order_channels
-from psenet.pipeline import PruneConfig, PruneResult, prune
+from psenet.pipeline import PruneResult, prune
 from psenet.prior import Prior
 from psenet.reading import trace
 from psenet.space import ChannelGroup, Frozen, WidthSpace

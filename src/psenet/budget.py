@@ -200,6 +200,27 @@ def resolve_limits(budget: Budget | Limits, space: WidthSpace) -> Limits:
     return budget
 
 
+def uniform_widths(space: WidthSpace, limits: Limits) -> Widths:
+    """Return the widest uniform setting inside the limits: the plain way to shrink a model, to compare with.
+
+    Rounding to the allowed widths can leave much of a budget unused, so the setting is then widened by single steps,
+    the group with the smallest share of its channels first, as long as the limits hold.
+    """
+    ratios = (step / 200 for step in range(200, 0, -1))
+    settings = dict.fromkeys([*(space.uniform(ratio) for ratio in ratios), space.smallest()])
+    widths = next(setting for setting in settings if limits.holds(space, setting))
+    open_groups = list(space.groups)
+    while open_groups:
+        group = min(open_groups, key=lambda group: widths[group.name] / group.size)
+        wider = next((width for width in group.choices if width > widths[group.name]), None)
+        candidate = None if wider is None else Widths({**widths, group.name: wider})
+        if candidate is not None and limits.holds(space, candidate):
+            widths = candidate
+        else:
+            open_groups.remove(group)
+    return widths
+
+
 def cost_of(space: WidthSpace, resource: Resource, widths_NG: np.ndarray) -> np.ndarray:
     """Return what (N, G) widths cost of one resource, int64 of shape (N,)."""
     return getattr(space, resource.name)(widths_NG)

@@ -7,7 +7,7 @@ import copy
 import itertools
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from psenet.artifact import write_bytes
-from psenet.budget import Budget, Limits
+from psenet.budget import Budget, Limits, uniform_widths
+from psenet.config import PruneConfig
 from psenet.devices import on_device
 from psenet.errors import InputError
 from psenet.estimate import estimate_seconds, say_duration
@@ -34,47 +35,14 @@ from psenet.rundir import RunDirectory, write_json
 from psenet.slicing import narrow_attributes
 from psenet.space import WidthSpace
 from psenet.supernet import Supernet
-from psenet.training.config import TrainConfig
 from psenet.training.loop import make_accelerator
 from psenet.training.plain import train_model
-from psenet.training.strategies import make_strategy
 from psenet.training.supernet import train_supernet
 from psenet.widths import Widths
 
 Say = Callable[[str], None]
 
 _CALIBRATION_BATCHES = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class PruneConfig:
-    """The settings of `prune` beside model, data and budget."""
-
-    baseline: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=30))
-    """How the full model is trained if it is not `trained`."""
-    supernet: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=30, learning_rate=0.05))
-    """How the supernet is trained, from the baseline's weights."""
-    finetune: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=10, learning_rate=0.02))
-    """How the pruned and the uniform net are fine-tuned; distillation is from the baseline."""
-    trained: bool = False
-    """The model has trained weights: it is the baseline as it comes."""
-    strategy: str = "parallel"
-    """How the supernet is trained; see `psenet.training.make_strategy`."""
-    num_subnets: int = 8
-    """Subnets per parallel step."""
-    num_evaluations: int = 100
-    """Candidates that the search scores."""
-    divisor: int = 8
-    """Widths are multiples of this many channels."""
-    min_ratio: float = 0.25
-    """The smallest width as a share of a group's size."""
-    seed: int = 0
-    """Of everything random."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the settings as plain JSON values."""
-        plain = {name: value for name, value in vars(self).items() if not isinstance(value, TrainConfig)}
-        return plain | {name: value.as_dict() for name, value in vars(self).items() if isinstance(value, TrainConfig)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +121,7 @@ def prune(
             raise InputError(f"the {name} loader has no batches")
     space = trace(model, example_input, divisor=config.divisor, min_ratio=config.min_ratio)
     limits = budget.resolve(space)
-    _check_config(config, space)
+    config.check(space)
     recipe = {
         **names,
         "input_shape": tuple(example_input.shape[1:]),
@@ -459,41 +427,6 @@ class _Run:
 
     def _seed(self, stage: int) -> None:
         _seed(self.config, stage, self.loaders.train)
-
-
-def uniform_widths(space: WidthSpace, limits: Limits) -> Widths:
-    """Return the widest uniform setting inside the limits: the plain way to shrink a model, to compare with.
-
-    Rounding to the allowed widths can leave much of a budget unused, so the setting is then widened by single steps,
-    the group with the smallest share of its channels first, as long as the limits hold.
-    """
-    ratios = (step / 200 for step in range(200, 0, -1))
-    settings = dict.fromkeys([*(space.uniform(ratio) for ratio in ratios), space.smallest()])
-    widths = next(setting for setting in settings if limits.holds(space, setting))
-    open_groups = list(space.groups)
-    while open_groups:
-        group = min(open_groups, key=lambda group: widths[group.name] / group.size)
-        wider = next((width for width in group.choices if width > widths[group.name]), None)
-        candidate = None if wider is None else Widths({**widths, group.name: wider})
-        if candidate is not None and limits.holds(space, candidate):
-            widths = candidate
-        else:
-            open_groups.remove(group)
-    return widths
-
-
-def _check_config(config: PruneConfig, space: WidthSpace) -> None:
-    """Refuse now what a stage would refuse hours later."""
-    least = {"seed": 0, "num_evaluations": 1}
-    given = {name: getattr(config, name) for name in least}
-    problems = [
-        f"{name} must be at least {least[name]}; got {value}" for name, value in given.items() if value < least[name]
-    ]
-    if problems:
-        raise InputError("; ".join(problems))
-    make_strategy(config.strategy, space, num_subnets=config.num_subnets, seed=config.seed)
-    for training in (config.baseline, config.supernet, config.finetune):
-        make_accelerator(training.mixed_precision)
 
 
 def _seed(config: PruneConfig, stage: int, train: DataLoader) -> None:

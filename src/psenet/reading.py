@@ -12,8 +12,9 @@ from psenet.errors import InputError
 from psenet.proof import broken_groups
 from psenet.slicing import state_of
 from psenet.space import WidthSpace
+from psenet.tracing.facts import Reading
 from psenet.tracing.grouping import build_space
-from psenet.tracing.reader import Reader, Reading
+from psenet.tracing.reader import Reader
 from psenet.tracing.rules import RULES
 
 

@@ -48,9 +48,9 @@ def prune(
     from rich.console import Console
 
     from psenet.budget import Budget
+    from psenet.config import PruneConfig
     from psenet.data import load_data, make_loader
     from psenet.models import build_model
-    from psenet.pipeline import PruneConfig
     from psenet.pipeline import prune as run_pipeline
     from psenet.result import result_table
     from psenet.training.config import TrainConfig

@@ -16,8 +16,8 @@ from scipy.sparse.csgraph import connected_components
 
 from psenet.cost import LinearForm, PeakCost, ProductCost
 from psenet.space import ChannelGroup, ConstantPlan, Frozen, MaskPlan, SpaceCosts, WidthSpace, Wiring
+from psenet.tracing.facts import NO_CHANNEL, MaskNeed, Reading, Value
 from psenet.tracing.layout import Layout, Run, frozen_layout, linear_form
-from psenet.tracing.reader import NO_CHANNEL, MaskNeed, Reading, Value
 
 _UNSEEN, _MANY, _END = -3, -2, -1
 

@@ -7,7 +7,8 @@ tells whether the code works.
 
 import numpy as np
 
-from psenet.tracing.reader import NO_CHANNEL, Call, Value
+from psenet.tracing.call import Call
+from psenet.tracing.facts import NO_CHANNEL, Value
 from psenet.tracing.rules.registry import rule
 
 

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from psenet.tracing.reader import NO_CHANNEL, Call, Value
+from psenet.tracing.call import Call
+from psenet.tracing.facts import NO_CHANNEL, Value
 from psenet.tracing.rules.registry import rule
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from psenet.tracing.reader import Rule
+from psenet.tracing.call import Rule
 
 RULES: dict[str, Rule] = {}
 

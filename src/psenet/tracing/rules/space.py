@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from psenet.tracing.reader import Call, Value
+from psenet.tracing.call import Call
+from psenet.tracing.facts import Value
 from psenet.tracing.rules.registry import rule
 
 

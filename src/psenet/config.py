@@ -1,0 +1,60 @@
+"""The settings of `prune`."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from psenet.errors import InputError
+from psenet.space import WidthSpace
+from psenet.training.config import TrainConfig
+from psenet.training.loop import make_accelerator
+from psenet.training.strategies import make_strategy
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig:
+    """The settings of `prune` beside model, data and budget."""
+
+    baseline: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=30))
+    """How the full model is trained if it is not `trained`."""
+    supernet: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=30, learning_rate=0.05))
+    """How the supernet is trained, from the baseline's weights."""
+    finetune: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=10, learning_rate=0.02))
+    """How the pruned and the uniform net are fine-tuned; distillation is from the baseline."""
+    trained: bool = False
+    """The model has trained weights: it is the baseline as it comes."""
+    strategy: str = "parallel"
+    """How the supernet is trained; see `psenet.training.make_strategy`."""
+    num_subnets: int = 8
+    """Subnets per parallel step."""
+    num_evaluations: int = 100
+    """Candidates that the search scores."""
+    divisor: int = 8
+    """Widths are multiples of this many channels."""
+    min_ratio: float = 0.25
+    """The smallest width as a share of a group's size."""
+    seed: int = 0
+    """Of everything random."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the settings as plain JSON values."""
+        plain = {name: value for name, value in vars(self).items() if not isinstance(value, TrainConfig)}
+        return plain | {name: value.as_dict() for name, value in vars(self).items() if isinstance(value, TrainConfig)}
+
+    def check(self, space: WidthSpace) -> None:
+        """Refuse now what a stage would refuse hours later.
+
+        Raises:
+            InputError: A number is too small, the strategy is unknown, or the device lacks the precision.
+        """
+        least = {"seed": 0, "num_evaluations": 1}
+        given = {name: getattr(self, name) for name in least}
+        problems = [
+            f"{name} must be at least {least[name]}; got {value}"
+            for name, value in given.items()
+            if value < least[name]
+        ]
+        if problems:
+            raise InputError("; ".join(problems))
+        make_strategy(self.strategy, space, num_subnets=self.num_subnets, seed=self.seed)
+        for training in (self.baseline, self.supernet, self.finetune):
+            make_accelerator(training.mixed_precision)

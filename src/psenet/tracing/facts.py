@@ -1,0 +1,105 @@
+"""What the walk over a graph finds out. Pure data.
+
+Every channel position that a layer makes gets an id. The ids of a tensor are an integer array of the tensor's rank, of
+size 1 along every axis on which the id does not change: (1, C, 1, 1) for an ordinary activation. So numpy's own
+reshape, transpose and concatenate follow the channels through any re-arrangement.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+NO_CHANNEL = -1
+
+
+@dataclass(frozen=True)
+class Value:
+    """What is known of one tensor of the graph.
+
+    Attributes:
+        ids: Channel ids, broadcastable to `shape`; NO_CHANNEL where a position always stays.
+        shape: Shape of the tensor, batch included.
+        zero: In the parallel pass, dropped channels of this tensor are exactly zero.
+        itemsize: Bytes per element.
+        state: The parameter's or buffer's name, if the tensor is one itself.
+    """
+
+    ids: np.ndarray
+    shape: tuple[int, ...]
+    zero: bool
+    itemsize: int = 4
+    state: str | None = None
+
+    def axis_ids(self, axis: int) -> np.ndarray | None:
+        """Return the ids along `axis`, shape (size,), or None if another axis carries channels."""
+        axis %= max(len(self.shape), 1)
+        if any(size != 1 for other, size in enumerate(self.ids.shape) if other != axis):
+            return None
+        return np.broadcast_to(self.ids.reshape(-1), (self.shape[axis],))
+
+    def tracked(self) -> bool:
+        """Tell whether any channel of the tensor has an id."""
+        return bool((self.ids != NO_CHANNEL).any())
+
+
+@dataclass(frozen=True)
+class MacTerm:
+    """MACs of one layer: `scale * kept(left) * kept(right)`; None stands for 1."""
+
+    module: str
+    scale: int
+    left: np.ndarray | None
+    right: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class MaskNeed:
+    """A module that the parallel pass must prepare (see `psenet.space.MaskPlan`)."""
+
+    module: str
+    ids: np.ndarray
+    axis: int
+    kind: str
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A size in the user's code that counts channels: an attribute of the module with this value follows them."""
+
+    module: str
+    value: int
+    ids: np.ndarray
+
+
+@dataclass(frozen=True)
+class Freeze:
+    """Ids that must not vary, and why."""
+
+    ids: np.ndarray
+    reason: str
+
+
+@dataclass
+class Reading:
+    """Everything the walk over a graph found out."""
+
+    num_ids: int = 0
+    ties: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    freezes: list[Freeze] = field(default_factory=list)
+    makers: list[tuple[str, np.ndarray]] = field(default_factory=list)
+    """Layers that made new ids, in graph order: (module path, ids)."""
+    axes: dict[str, list[np.ndarray | None]] = field(default_factory=dict)
+    """Ids on every axis of every parameter and buffer; None where nothing varies."""
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Full shape of every parameter and buffer that the graph uses."""
+    params: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Full shape of every parameter of the model, used or not, tied ones once."""
+    macs: list[MacTerm] = field(default_factory=list)
+    masks: list[MaskNeed] = field(default_factory=list)
+    constants: list[Constant] = field(default_factory=list)
+    ordered: list[np.ndarray] = field(default_factory=list)
+    """Ids whose order matters: they must not be sorted by importance."""
+    moments: list[list[Value]] = field(default_factory=list)
+    """The tensors alive at each op, batch included."""
+    outputs_of: dict[str, np.ndarray] = field(default_factory=dict)
+    """Ids of the output channels of every layer with MACs."""
