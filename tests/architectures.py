@@ -449,6 +449,27 @@ class SelectiveKernel(nn.Module):
         return (branches * gates.view(batch, 2, channels // 2, 1, 1).softmax(dim=1)).sum(1)
 
 
+class SplitAttention(nn.Module):
+    """ResNeSt: one convolution in two groups, whose halves compete for every channel."""
+
+    def __init__(self, num: int) -> None:
+        super().__init__()
+        self.conv = conv_bn(num, 2 * num, groups=2)
+        self.reduce, self.expand = nn.Conv2d(num, 8, 1), nn.Conv2d(8, 2 * num, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x).relu()
+        batch, channels, height, width = x.shape
+        x = x.reshape(batch, 2, channels // 2, height, width)
+        gates = self.expand(self.reduce(x.sum(1).mean((2, 3), keepdim=True)).relu())
+        gates = gates.view(batch, 1, 2, -1).transpose(1, 2).softmax(dim=1).reshape(batch, 2, channels // 2, 1, 1)
+        return (x * gates).sum(1)
+
+
+def split_attention() -> nn.Module:
+    return nn.Sequential(conv_bn(3, 16), nn.ReLU(), SplitAttention(16), conv_bn(16, 24), nn.ReLU(), Head(24))
+
+
 def selective_kernel() -> nn.Module:
     return nn.Sequential(conv_bn(3, 16), nn.ReLU(), SelectiveKernel(16), conv_bn(16, 24), nn.ReLU(), Head(24))
 
@@ -549,6 +570,7 @@ ARCHITECTURES = {
     "group_norms": Architecture(group_norms),
     "efficient_attention": Architecture(efficient_attention),
     "selective_kernel": Architecture(selective_kernel),
+    "split_attention": Architecture(split_attention),
     "up_and_down": Architecture(UpAndDown, (3, 8, 8)),
     "blur_and_partial_shortcut": Architecture(blur_and_partial_shortcut),
     "functional_norm": Architecture(FunctionalNorm),

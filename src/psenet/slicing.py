@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from psenet.space import WidthSpace
-from psenet.tracing.layout import segments
+from psenet.tracing.layout import narrows_within_groups, segments
 from psenet.widths import Widths
 
 State = dict[str, torch.Tensor]
@@ -52,7 +52,8 @@ def _resize_convolution(layer: nn.Module, shapes: Shapes) -> None:
         layer.groups = layer.groups * in_channels // layer.in_channels if layer.groups > 1 else 1
         layer.in_channels, layer.out_channels = in_channels, out_per_group * layer.groups
         return
-    layer.groups = layer.groups * out_channels // layer.out_channels if layer.groups > 1 else 1
+    if layer.groups > 1 and not narrows_within_groups(layer.groups, layer.in_channels // layer.groups):
+        layer.groups = layer.groups * out_channels // layer.out_channels
     layer.out_channels, layer.in_channels = out_channels, in_per_group * layer.groups
 
 

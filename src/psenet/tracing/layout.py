@@ -80,3 +80,11 @@ def linear_form(layout: Layout) -> LinearForm:
     """Return the length of the axis as a formula of the units per group."""
     constant = sum(run.length for run in layout if run.group is None)
     return LinearForm(constant, tuple((run.group, run.repeat) for run in layout if run.group is not None))
+
+
+def narrows_within_groups(groups: int, in_per_group: int) -> bool:
+    """Tell how a grouped convolution gets narrower: all conv-groups alike, or by whole conv-groups.
+
+    Whole ones would be too coarse where there are two or three; a depthwise convolution has no other way.
+    """
+    return 1 < groups <= 3 and in_per_group > 1

@@ -142,6 +142,7 @@ def _part(
         return value.ids
     along = value.axis_ids(axis)
     if along is not None:
+        call.constant(len(along), along)  # the numbers may be fractions of it
         for number in (first, stop) if constants is None else constants:
             call.constant(number, along[first:stop] if constants is not None else along[:number])
     index: list[slice] = [slice(None)] * value.ids.ndim

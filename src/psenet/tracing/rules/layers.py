@@ -4,6 +4,7 @@ import numpy as np
 
 from psenet.tracing.call import Call
 from psenet.tracing.facts import NO_CHANNEL, Value
+from psenet.tracing.layout import narrows_within_groups
 from psenet.tracing.rules.registry import rule
 
 
@@ -29,6 +30,12 @@ def convolution(call: Call) -> Value:
         out_ids = call.fresh(weight_shape[0])
         call.follow(call["weight"], [out_ids, in_ids, *rest])
         call.count_macs(scale, in_ids, out_ids, out_ids)
+        call.reads_across(value, in_ids, 1)
+        zero = False
+    elif narrows_within_groups(groups, weight_shape[1]):
+        in_ids, out_ids = _alike(call, in_ids, groups), _alike(call, call.fresh(weight_shape[0]), groups)
+        call.follow(call["weight"], [out_ids, in_ids[: weight_shape[1]], *rest])
+        call.count_macs(scale, in_ids[: weight_shape[1]], out_ids, out_ids)
         call.reads_across(value, in_ids, 1)
         zero = False
     else:
@@ -79,6 +86,13 @@ def linear(call: Call) -> Value:
     call.count_macs(int(np.prod(call.shape[1:-1])), in_ids, out_ids, out_ids)
     call.reads_across(value, in_ids, -1)
     return call.along(-1, out_ids, zero=False)
+
+
+def _alike(call: Call, ids: np.ndarray, groups: int) -> np.ndarray:
+    """Tie each channel to the one at its place in the other groups; return the ids with those of the first for all."""
+    ids_GC = ids.reshape(groups, -1)
+    call.tie(ids_GC[:1], ids_GC)
+    return np.tile(ids_GC[0], groups)
 
 
 def _grouped(call: Call, in_ids: np.ndarray, groups: int, in_per_group: int, out_per_group: int) -> np.ndarray:

@@ -1,0 +1,281 @@
+"""Which models psenet takes: trace, widths, equality and export over torchvision's and timm's CNNs.
+
+    python benchmarks/zoo.py                         all of them, about two hours on two cores
+    python benchmarks/zoo.py --only timm:resnet18 torchvision:vgg11
+
+The list follows a rule. From torchvision: every classification model. From timm: one model of every
+family, which is a module of timm and a name up to its first digit; the one with the fewest parameters, below 120M. Both
+only where convolutions wider than one pixel stand in four layers or more and attention (products of two activations)
+does under a tenth of the MACs.
+
+Every finished model is kept in benchmarks/results/zoo.jsonl, so an interrupted run continues; at the end the table is
+written to docs/zoo.md. With Torch-Pruning installed (`pip install torch-pruning`), it is asked the same.
+"""
+
+import argparse
+import collections
+import json
+import re
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+import psenet
+from evidence import RESULTS, write_result
+from psenet.export import export_model
+from psenet.models import build_model
+from psenet.space import WidthSpace
+
+SIZES = (96, 128, 160, 224, 256, 288, 299, 384)
+LARGEST = 120e6
+TABLE = Path(__file__).parent.parent / "docs" / "zoo.md"
+_PRODUCTS = ("bmm", "baddbmm", "attention")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="MODEL", help="these models instead of the list")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    if arguments.only:
+        for name in arguments.only:
+            print(json.dumps(study(name), indent=2))
+        return
+    log = RESULTS / "zoo.jsonl"
+    done = {record["model"]: record for record in _read(log)}
+    for name in [*torchvision_models(), *timm_models()]:
+        if name not in done:
+            done[name] = study(name)
+            with log.open("a") as file:
+                file.write(json.dumps(done[name]) + "\n")
+            print(line(done[name]), flush=True)
+    records = [record for record in done.values() if record["is_cnn"]]
+    print(f"figures: {write_result('zoo', {'summary': summary(records), 'models': records})}")
+    TABLE.parent.mkdir(exist_ok=True)
+    TABLE.write_text(page(records))
+
+
+# The list -------------------------------------------------------------------------------------------------------------
+
+
+def torchvision_models() -> list[str]:
+    """Return every classification model of torchvision."""
+    from torchvision import models
+
+    return [f"torchvision:{name}" for name in models.list_models(module=models)]
+
+
+def timm_models() -> list[str]:
+    """Return the smallest model of every family of timm."""
+    import timm
+    from timm.models._registry import _model_to_module
+
+    families: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
+    for name in timm.list_models():
+        families[_model_to_module[name], re.sub(r"\d.*", "", name).strip("_")].append(name)
+    smallest = []
+    for names in families.values():
+        sizes = {name: size for name in names if (size := _num_parameters(name)) is not None}
+        if sizes and min(sizes.values()) < LARGEST:
+            smallest.append(f"timm:{min(sizes, key=lambda name: sizes[name])}")
+    return smallest
+
+
+def _num_parameters(name: str) -> int | None:
+    """Return a model's parameters, None where it is no CNN or cannot be built without its weights."""
+    import timm
+
+    with suppress(Exception), torch.device("meta"):  # any model may refuse the meta device in its own way
+        model = timm.create_model(name)
+        wide = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d) and max(layer.kernel_size) > 1]
+        return sum(parameter.numel() for parameter in model.parameters()) if len(wide) >= 4 else None
+    return None
+
+
+# One model ------------------------------------------------------------------------------------------------------------
+
+
+def study(name: str) -> dict[str, Any]:
+    """Return everything that is asked of one model."""
+    record: dict[str, Any] = {"model": name, "is_cnn": True}
+    torch.manual_seed(0)
+    try:
+        model = build_model(name, num_classes=10).eval()
+        x, flops = _input_for(model)
+    except Exception as error:  # models raise anything; those that cannot run here are not in the list
+        return record | {"is_cnn": False, "error": _say(error)}
+    record |= {"image_size": x.shape[-1], "macs": sum(flops.values()) // 2}
+    products = sum(count for op, count in flops.items() if any(word in op for word in _PRODUCTS))
+    if products > 0.1 * sum(flops.values()):
+        return record | {"is_cnn": False, "error": "attention does over a tenth of the MACs"}
+    start = time.perf_counter()
+    try:
+        space = psenet.trace(model, x)
+    except Exception as error:  # what the benchmark counts
+        return record | {"error": _say(error), "seconds": round(time.perf_counter() - start, 2)}
+    record |= {"seconds": round(time.perf_counter() - start, 2), "groups": len(space.groups)}
+    record |= {"elastic_share": _elastic_share(space), "smallest_share": _share(space), "frozen": _reasons(space)}
+    for key, check in (("difference", _difference), ("onnx", _onnx)):
+        try:
+            record[key] = check(model, space, x)
+        except Exception as error:  # what the benchmark counts
+            record[key] = _say(error)
+    return record | {"torch_pruning": _torch_pruning(name, x)}
+
+
+def _input_for(model: nn.Module) -> tuple[torch.Tensor, dict[str, int]]:
+    """Return the smallest input that the model takes, and its FLOPs by op."""
+    for size in SIZES:
+        x = torch.randn(1, 3, size, size)
+        try:
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                model(x)
+            return x, {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
+        except (RuntimeError, ValueError, AssertionError, IndexError):
+            if size == SIZES[-1]:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _elastic_share(space: WidthSpace) -> float:
+    """Return the share of the MACs of which at least one side can vary."""
+    full = np.array([[group.size // group.unit for group in space.groups]], dtype=np.float64)
+    fewer = np.array([[group.choices[0] // group.unit for group in space.groups]], dtype=np.float64)
+    before, after = space.costs.macs.by_term(full)[0], space.costs.macs.by_term(fewer)[0]
+    return round(float(before[after < before].sum() / before.sum()), 4)
+
+
+def _share(space: WidthSpace) -> float:
+    return round(space.macs(space.smallest()) / space.macs(space.full()), 4)
+
+
+def _reasons(space: WidthSpace) -> dict[str, float]:
+    shares: dict[str, float] = collections.defaultdict(float)
+    for frozen in space.frozen:
+        shares[re.sub(r" in [^ ]*\)$", ")", frozen.reason)] += frozen.macs_share
+    return {reason: round(share, 4) for reason, share in sorted(shares.items(), key=lambda item: -item[1])[:5]}
+
+
+def _difference(model: nn.Module, space: WidthSpace, x: torch.Tensor) -> float:
+    """Return the largest relative difference of the parallel pass from three extracted nets, eval mode, float64."""
+    rng = np.random.default_rng(0)
+    supernet = psenet.Supernet(model, space).double().eval()
+    widths = [space.sample(rng) for _ in range(3)]
+    batch = torch.randn(6, *x.shape[1:], dtype=torch.float64)
+    worst = 0.0
+    with torch.no_grad():
+        together = _leaves(supernet(batch, widths))
+        for number, setting in enumerate(widths):
+            for net in (supernet.extract(setting), supernet.subnet(setting)):
+                for ours, alone in zip(together, _leaves(net(batch[number::3])), strict=True):
+                    scale = alone.abs().max().clamp_min(1e-12)
+                    worst = max(worst, float((ours[number::3] - alone).abs().max() / scale))
+    return worst
+
+
+def _leaves(output: object) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+
+
+def _onnx(model: nn.Module, space: WidthSpace, x: torch.Tensor) -> bool:
+    widths = space.uniform(0.5)
+    with tempfile.TemporaryDirectory() as folder:
+        report = export_model(psenet.Supernet(model, space).extract(widths), x, folder, widths=widths)
+    return "model.onnx" in report.paths
+
+
+def _torch_pruning(name: str, x: torch.Tensor) -> dict[str, Any] | str:
+    """Return whether Torch-Pruning's model still runs with a quarter of the channels, and its share of the MACs."""
+    try:
+        import torch_pruning  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return "not installed"
+    model = build_model(name, num_classes=10).eval()
+    heads = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer.out_features == 10]
+    try:
+        before, _ = torch_pruning.utils.count_ops_and_params(model, x)
+        importance = torch_pruning.importance.MagnitudeImportance(p=2)
+        pruner = torch_pruning.pruner.MagnitudePruner(
+            model, x, importance=importance, pruning_ratio=0.75, ignored_layers=heads, round_to=8
+        )
+        pruner.step()
+        model(x)
+        after, _ = torch_pruning.utils.count_ops_and_params(model, x)
+    except Exception as error:  # what the benchmark counts
+        return _say(error)
+    return {"smallest_share": round(after / before, 4)}
+
+
+def _say(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:300]
+
+
+# What a person reads --------------------------------------------------------------------------------------------------
+
+
+def line(record: dict[str, Any]) -> str:
+    """Return one model's row of the table."""
+    other = record.get("torch_pruning", "")
+    cells = [
+        record["model"],
+        record.get("seconds", ""),
+        record.get("groups", ""),
+        _percent(record.get("elastic_share")),
+        _percent(record.get("smallest_share")),
+        f"{record['difference']:.0e}" if isinstance(record.get("difference"), float) else record.get("difference", ""),
+        {True: "yes", False: "no"}.get(record.get("onnx"), record.get("onnx", "")),  # pyright: ignore[reportArgumentType, reportCallIssue]
+        _percent(other["smallest_share"]) if isinstance(other, dict) else other[:60],
+        record.get("error") or next(iter(record.get("frozen", {})), ""),
+    ]
+    return "| " + " | ".join(str(cell).replace("|", "/").replace("\n", " ") for cell in cells) + " |"
+
+
+def page(records: list[dict[str, Any]]) -> str:
+    """Return the page of the documentation."""
+    head = (
+        "# Which models psenet takes\n\nMade by `python benchmarks/zoo.py`; the list follows a rule, see there. "
+        "*Elastic* is the share of the MACs of which at least one side can vary, *smallest* the reachable share of the "
+        "MACs, *difference* that of the parallel pass from extracted nets (relative, float64), *Torch-Pruning* its "
+        "share of the MACs when asked for a quarter of the channels, or its error.\n\n"
+    )
+    counts = "\n".join(f"- {key}: {value}" for key, value in summary(records).items())
+    title = "| model | seconds | groups | elastic | smallest | difference | ONNX | Torch-Pruning | why not more |\n"
+    return head + counts + "\n\n" + title + "| --- " * 9 + "|\n" + "\n".join(line(record) for record in records) + "\n"
+
+
+def summary(records: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the figures over all models."""
+    traced = [record for record in records if "groups" in record]
+    return {
+        "models": len(records),
+        "traced": len(traced),
+        "median seconds": round(float(np.median([record["seconds"] for record in traced])), 2),
+        "with at least 90 % of the MACs elastic": sum(record["elastic_share"] >= 0.9 for record in traced),
+        "equal to 1e-9": sum(isinstance(r["difference"], float) and r["difference"] <= 1e-9 for r in traced),
+        "exported to ONNX": sum(record["onnx"] is True for record in traced),
+        "pruned by Torch-Pruning": sum(isinstance(record["torch_pruning"], dict) for record in traced),
+    }
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}"
+
+
+def _read(path: Path) -> Iterator[dict[str, Any]]:
+    if path.exists():
+        for text in path.read_text().splitlines():
+            yield json.loads(text)
+
+
+if __name__ == "__main__":
+    main()
