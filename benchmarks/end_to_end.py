@@ -29,8 +29,8 @@ CASES = {
         "--baseline-epochs 12 --supernet-epochs 12 --finetune-epochs 5 --evaluations 60"
     ),
     "cifar10-mobilenetv2": (
-        "--model timm:mobilenetv2_100 --macs 50% --image-size 64 --max-train-images 10000 --distill 0.5 "
-        "--baseline-epochs 10 --supernet-epochs 10 --finetune-epochs 4 --evaluations 60"
+        "--model timm:mobilenetv2_100 --macs 50% --image-size 64 --max-train-images 6000 --distill 0.5 "
+        "--baseline-epochs 10 --supernet-epochs 10 --finetune-epochs 4 --evaluations 40"
     ),
 }
 
