@@ -126,7 +126,9 @@ def test_the_record_has_the_documented_structure(finished: _Finished):
     assert set(record["pruned"]) == set(record["uniform"]) == net | {"accuracy_before_finetune"}
     assert list(record["seconds"]) == ["baseline", "supernet", "search", "finetune", "total"]
     assert set(record["search"]) == {"num_evaluations", "best_score", "history", "kept"}
-    assert set(record["export"]) == {"bytes", "onnx_max_relative_difference", "problems"}
+    assert set(record["export"]) == {
+        *("bytes", "problems", "onnx_max_relative_difference", "onnx_opset", "batch_is_dynamic")
+    }
     documentation = psenet.result.__doc__ or ""
     for name in [*record, *net, *record["seconds"], *record["search"], *record["export"]]:
         assert name in documentation, name

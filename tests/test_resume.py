@@ -159,13 +159,18 @@ def test_a_finished_run_is_shown_again_without_training(
         raise AssertionError("nothing is left to train")
 
     run, lines = tmp_path / "run", []
-    prune_net(run)
+    first = prune_net(run)
     for name in ("train_model", "train_supernet", "order_channels"):
         monkeypatch.setattr(f"psenet.pipeline.{name}", refuse)
     monkeypatch.setattr("psenet.evaluate.SupernetScore.__call__", refuse)
-    prune_net(run, resume=True, say=lines.append)
+    monkeypatch.setattr("psenet.pipeline.accuracy", refuse)  # test data is used once
+    monkeypatch.setattr("psenet.pipeline.measure_latency", refuse)
+    before = (run / "result.json").read_bytes()
+    again = prune_net(run, resume=True, say=lines.append)
+    assert (run / "result.json").read_bytes() == before and dict(again.record) == json.loads(before)
+    assert lines == ["this run is finished; its figures are shown again"]
     assert_same_run(run, undisturbed)
-    assert not [line for line in lines if line.startswith(("training", "fine-tuning"))]
+    assert again.export == first.export
 
 
 def test_resuming_starts_a_run_that_is_not_there(undisturbed: Path, tmp_path: Path, quick_export: None):
@@ -195,6 +200,7 @@ def test_a_damaged_stage_is_named_and_made_again_once_it_is_deleted(
     run = tmp_path / "run"
     prune_net(run)
     for name in ("baseline", "supernet", "searched", "uniform"):
+        (run / "result.json").unlink()  # a finished run reads no stage again
         path = run / f"stages/{name}.safetensors"
         path.write_bytes(path.read_bytes()[:200])
         with pytest.raises(InputError, match=rf"{name}\.safetensors is damaged; delete it and resume to make it again"):

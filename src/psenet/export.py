@@ -37,6 +37,8 @@ _CAPTURE_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, LookupEr
 _NEWEST_CONVERTED_OPSET = 25
 _NOISY_LOGGERS = ("torch.onnx", "torch.export", "torch.fx", "torch._dynamo", "onnxscript", "onnx_ir")
 
+_PLAIN = ("onnx_max_relative_difference", "onnx_opset", "batch_is_dynamic")
+
 Inputs = tuple[torch.Tensor, ...]
 
 
@@ -56,6 +58,21 @@ class ExportReport:
     """Whether the programs take any batch size; if not, only that of the example."""
     problems: tuple[str, ...] = ()
     """What could not be made, and why."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as plain JSON values, for a run's record."""
+        plain = {name: getattr(self, name) for name in _PLAIN}
+        return {"bytes": dict(self.bytes), **plain, "problems": list(self.problems)}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any], folder: Path) -> "ExportReport":
+        """Rebuild a report from `as_dict` and the folder of the files."""
+        return cls(
+            paths={name: folder / name for name in plain["bytes"]},
+            bytes=dict(plain["bytes"]),
+            problems=tuple(plain["problems"]),
+            **{name: plain[name] for name in _PLAIN},
+        )
 
 
 class _ExportError(Exception):

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from psenet.artifact import write_bytes
+from psenet.artifact import load, write_bytes
 from psenet.budget import Budget, Limits, uniform_widths
 from psenet.config import PruneConfig
 from psenet.devices import on_device
@@ -31,7 +31,7 @@ from psenet.prior import Prior
 from psenet.progress import progress_bar
 from psenet.reading import trace
 from psenet.result import FORMAT, hardware, net_record, versions
-from psenet.rundir import RunDirectory, write_json
+from psenet.rundir import RunDirectory, read_json, write_json
 from psenet.slicing import narrow_attributes
 from psenet.space import WidthSpace
 from psenet.supernet import Supernet
@@ -182,6 +182,9 @@ class _Run:
     """Where nets are trained and scored; between the stages they are on the CPU."""
 
     def run(self) -> PruneResult:
+        finished = self._finished()
+        if finished is not None:
+            return finished
         self._announce()
         baseline = self._baseline()
         supernet, history = self._supernet(baseline)
@@ -210,16 +213,27 @@ class _Run:
                 "history": len(history),
                 "kept": kept,
             },
-            "export": {
-                "bytes": dict(report.bytes),
-                "onnx_max_relative_difference": report.onnx_max_relative_difference,
-                "problems": list(report.problems),
-            },
+            "export": report.as_dict(),
         }
         write_json(self.folder.file("result.json"), record)
         return PruneResult(model=pruned.module, widths=pruned.widths, space=self.space, record=record, export=report)
 
     # Stages -------------------------------------------------------------------------------------------------------
+
+    def _finished(self) -> PruneResult | None:
+        """Return what a finished run found: test data is not used again, and nothing is measured anew."""
+        path, folder = self.folder.path / "result.json", self.folder.path / "model"
+        if not path.exists():
+            return None
+        self.say("this run is finished; its figures are shown again")
+        record = read_json(path)
+        return PruneResult(
+            model=load(folder, lambda: copy.deepcopy(self.model)).eval(),
+            widths=Widths(record["widths"]),
+            space=self.space,
+            record=record,
+            export=ExportReport.from_dict(record["export"], folder),
+        )
 
     def _announce(self) -> None:
         """Say what will be done and how long it will take."""

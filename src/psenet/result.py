@@ -15,7 +15,7 @@
     search       num_evaluations; best_score: mean probability of the true class on validation data, in percent;
                  history: how many subnets training visited; kept: "searched", or "uniform" where that net had the
                  better score after fine-tuning
-    export       problems, bytes by file name, onnx_max_relative_difference
+    export       bytes by file name, problems, onnx_max_relative_difference, onnx_opset, batch_is_dynamic
 """
 
 import platform
