@@ -19,7 +19,7 @@
 """
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +84,8 @@ def result_table(record: Mapping[str, Any]) -> "Table":
         ("FLOPs", [_short(2 * record[name]["macs"]) for name in names]),
         ("parameters", [_with_share(record[name]["params"], base["params"]) for name in names]),
         ("peak activations", [f"{record[name]['memory'] / 1024:,.0f} KiB" for name in names]),
-        ("latency, batch 1", [_latency(record[name]) for name in names]),
+        ("latency, batch 1", [f"{record[name]['latency_ms']:.2f} ms" for name in names]),
+        ("  its quartiles", [_range(record[name]["latency_quartiles_ms"]) for name in names]),
         ("accuracy before fine-tuning", [_percent(record[name].get("accuracy_before_finetune")) for name in names]),
         (f"accuracy on {record['accuracy_on']}", [_percent(record[name]["accuracy"]) for name in names]),
     ]
@@ -93,9 +94,9 @@ def result_table(record: Mapping[str, Any]) -> "Table":
     return table
 
 
-def _latency(net: Mapping[str, Any]) -> str:
-    low, high = net["latency_quartiles_ms"]
-    return f"{net['latency_ms']:.2f} ms ({low:.2f}-{high:.2f})"
+def _range(quartiles_ms: Sequence[float]) -> str:
+    low, high = quartiles_ms
+    return f"{low:.2f}-{high:.2f} ms"
 
 
 def _percent(value: float | None) -> str:
