@@ -18,19 +18,19 @@ MASK = "psenet_op_mask"
 """Name of the buffer that holds the mask, shape (n, C)."""
 
 
-def mask_ops(layer: nn.Module, axis: int, num_subnets: int) -> None:
+def mask_ops(layer: nn.Module, axis: int) -> None:
     """Make the ops over channels that a module calls see the kept channels only.
 
     Args:
-        layer: A module of our own copy; it gets a buffer for the mask.
+        layer: A module of our own copy; it gets a buffer for the mask of the n subnets. Sample j belongs to subnet
+            j mod n.
         axis: The channel axis of what the ops read.
-        num_subnets: n; sample j belongs to subnet j mod n.
     """
     layer.register_buffer(MASK, torch.empty(0, dtype=torch.bool, device="meta"), persistent=False)
     run = layer.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with _MaskedOps(layer.get_buffer(MASK), axis, num_subnets):
+        with _MaskedOps(layer.get_buffer(MASK), axis):
             return run(*args, **kwargs)
 
     layer.forward = forward
@@ -39,11 +39,10 @@ def mask_ops(layer: nn.Module, axis: int, num_subnets: int) -> None:
 class _MaskedOps(TorchFunctionMode):
     """Replaces the ops of `_MASKED` on tensors whose channel axis is as long as the mask."""
 
-    def __init__(self, mask_nC: torch.Tensor, axis: int, num_subnets: int) -> None:
+    def __init__(self, mask_nC: torch.Tensor, axis: int) -> None:
         super().__init__()
         self._mask_nC = mask_nC
         self._axis = axis
-        self._num_subnets = num_subnets
 
     def __torch_function__(
         self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None

@@ -59,7 +59,7 @@ class ParallelSkeleton:
                 layer.register_buffer(_MASK, torch.empty(0, dtype=torch.bool, device="meta"), persistent=False)
                 layer.register_forward_pre_hook(_mask_input(plan.axis, num_subnets))
             else:
-                mask_ops(layer, plan.axis, num_subnets)
+                mask_ops(layer, plan.axis)
 
     def __call__(self, state: Mapping[str, torch.Tensor], x: torch.Tensor, widths: Sequence[Widths]) -> torch.Tensor:
         """Run the pass.

@@ -115,6 +115,13 @@ class Call:
         for value in self.values():
             self.freeze(value.ids, reason)
 
+    def channels(self, value: Value) -> np.ndarray | None:
+        """Return the ids on axis 1; None, and every tensor argument frozen, if another axis carries channels."""
+        ids = value.axis_ids(1)
+        if ids is None:
+            self.freeze_inputs("channels are not on axis 1")
+        return ids
+
     def follow(self, argument: Any, axes: list[np.ndarray | None]) -> None:
         """Say which channels stand on the axes of a parameter or buffer; a second use ties to the first."""
         if argument is None:

@@ -172,9 +172,8 @@ def pad(call: Call) -> Value:
 @rule("aten.pixel_shuffle.default", "aten.pixel_unshuffle.default")
 def pixel_shuffle(call: Call) -> Value:
     value = call.value(call["self"])
-    ids = value.axis_ids(1)
+    ids = call.channels(value)
     if ids is None:
-        call.freeze_inputs("channels are not on axis 1")
         return call.untracked()
     if "unshuffle" in call.op:
         return call.along(1, np.repeat(ids, call["downscale_factor"] ** 2), zero=value.zero)
@@ -186,9 +185,8 @@ def pixel_shuffle(call: Call) -> Value:
 @rule("aten.channel_shuffle.default")
 def channel_shuffle(call: Call) -> Value:
     value, groups = call.value(call["self"]), call["groups"]
-    ids = value.axis_ids(1)
+    ids = call.channels(value)
     if ids is None:
-        call.freeze_inputs("channels are not on axis 1")
         return call.untracked()
     ids_GC = ids.reshape(groups, -1)
     call.tie(ids_GC[:1], ids_GC)

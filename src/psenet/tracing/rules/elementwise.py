@@ -72,9 +72,8 @@ def prelu(call: Call) -> Value:
     value = call.value(call["self"])
     if call.value(call["weight"]).shape == (1,):
         return call.output(value.ids, zero=value.zero)
-    ids = value.axis_ids(1)
+    ids = call.channels(value)
     if ids is None:
-        call.freeze_inputs("channels are not on axis 1")
         return call.untracked()
     call.follow(call["weight"], [ids])
     return call.along(1, ids, zero=value.zero)

@@ -26,9 +26,8 @@ def batch_norm(call: Call) -> Value:
 @rule("aten.instance_norm.default")
 def instance_norm(call: Call) -> Value:
     value = call.value(call["input"])
-    ids = value.axis_ids(1)
+    ids = call.channels(value)
     if ids is None:
-        call.freeze_inputs("channels are not on axis 1")
         return call.untracked()
     for name in ("weight", "bias", "running_mean", "running_var"):
         call.follow(call[name], [ids])
@@ -57,9 +56,8 @@ def layer_norm(call: Call) -> Value:
 @rule("aten.group_norm.default")
 def group_norm(call: Call) -> Value:
     value, num_groups = call.value(call["input"]), call["num_groups"]
-    ids = value.axis_ids(1)
+    ids = call.channels(value)
     if ids is None:
-        call.freeze_inputs("channels are not on axis 1")
         return call.untracked()
     for name in ("weight", "bias"):
         call.follow(call[name], [ids])
