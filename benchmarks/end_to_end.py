@@ -21,7 +21,7 @@ from evidence import write_result
 from psenet.rundir import read_json
 
 RUNS = Path("runs/end_to_end")
-NETS = ("baseline", "pruned", "uniform")
+NETS = ("baseline", "pruned", "uniform", "searched")
 CASES = {
     "digits": "--data digits --model psenet.models:digits_resnet --macs 50%",
     "cifar10-resnet20": (
@@ -61,7 +61,7 @@ def run(case: str, settings: list[str], seed: int) -> dict[str, Any]:
         subprocess.run([*command, "--resume"], check=True)
     record = read_json(out / "result.json")
     # A full list of widths for each seed says little and is long; the folder has it.
-    return {key: value for key, value in record.items() if key not in ("full_widths", "uniform_widths")}
+    return {key: value for key, value in record.items() if not key.endswith("_widths")}
 
 
 def summary(records: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:

@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import softmax
+from scipy.stats import sem
 from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
 
 from psenet.errors import InputError
-from psenet.evaluate import SupernetScore, accuracy, recalibrate, soft_accuracy
+from psenet.evaluate import SupernetScore, accuracy, paired_difference, recalibrate, soft_accuracy
 from psenet.widths import Widths
 
 
@@ -244,6 +245,23 @@ def test_soft_accuracy_refuses_what_accuracy_refuses():
         soft_accuracy(nn.Identity(), [(torch.eye(4), torch.zeros(4, 1, dtype=torch.int64))])
     with pytest.raises(TypeError, match="got dict and Tensor: give a score_fn"):
         soft_accuracy(nn.Identity(), [({"logits": torch.eye(4)}, torch.zeros(4))])
+
+
+def test_the_paired_difference_counts_only_samples_that_tell_two_nets_apart():
+    torch.manual_seed(0)
+    one, other = nn.Linear(4, 3), nn.Linear(4, 3)
+    batches = [(torch.randn(size, 4), torch.randint(3, (size,))) for size in (7, 30, 13)]
+    right = [torch.cat([net(x).argmax(1) == y for x, y in batches]).numpy().astype(float) for net in (one, other)]
+    difference, error = paired_difference(one, other, batches)
+    assert difference == pytest.approx(accuracy(one, batches) - accuracy(other, batches))
+    assert error == pytest.approx(float(sem(100 * (right[0] - right[1]))))
+    assert paired_difference(other, one, batches) == pytest.approx((-difference, error))
+    assert paired_difference(one, one, batches) == (0.0, 0.0)
+
+
+def test_the_paired_difference_needs_two_samples():
+    with pytest.raises(InputError, match="at least two labelled samples"):
+        paired_difference(nn.Linear(4, 3), nn.Linear(4, 3), [(torch.zeros(1, 4), torch.zeros(1, dtype=torch.long))])
 
 
 def test_a_supernet_is_scored_by_soft_accuracy_where_asked():

@@ -118,7 +118,8 @@ def test_the_record_has_the_documented_structure(finished: _Finished):
     assert record == finished.result.record
     assert list(record) == [
         *("format", "model", "data", "budget", "accuracy_on", "seed", "versions", "hardware"),
-        *("baseline", "pruned", "uniform", "widths", "uniform_widths", "full_widths"),
+        *("baseline", "pruned", "searched", "uniform"),
+        *("widths", "searched_widths", "uniform_widths", "full_widths"),
         *("seconds", "settings", "search", "export"),
     ]
     net = {"macs", "params", "memory", "latency_ms", "latency_quartiles_ms", "accuracy"}
@@ -346,18 +347,27 @@ def _found(widths: Widths) -> Callable[..., SearchResult]:
     return search
 
 
-@pytest.mark.parametrize(("sign", "kept"), [(-1, "searched"), (1, "uniform"), (0, "searched")])
-def test_the_better_net_on_validation_data_is_kept(
-    sign: int, kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_export: None
+@pytest.mark.parametrize(("lead", "kept"), [(1.5, "searched"), (0.5, "uniform"), (-1.5, "uniform"), (0.0, "uniform")])
+def test_the_searched_net_is_kept_if_it_leads_by_more_than_a_standard_error(
+    lead: float, kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_export: None
 ):
-    # With the sign, the score is for or against a wide first layer, which the uniform net has.
     monkeypatch.setattr("psenet.pipeline.search", _found(NARROW_FIRST))
-    monkeypatch.setattr("psenet.pipeline.soft_accuracy", lambda net, _: sign * net[0].weight.shape[0])
+    compared: list[tuple[int, int]] = []
+
+    def difference(net: Any, other: Any, _: object) -> tuple[float, float]:
+        compared.append((net[0].weight.shape[0], other[0].weight.shape[0]))
+        return lead, 1.0
+
+    monkeypatch.setattr("psenet.pipeline.paired_difference", difference)
     lines: list[str] = []
     result = prune_net(tmp_path / "run", say=lines.append)
     record = result.record
     assert record["search"]["kept"] == kept
-    assert f"; the {kept} net is kept" in lines[-2]
+    assert f"{lead:+.2f} points (+- 1.00); the {kept} one is kept" in lines[-2]
+    assert compared == [(NARROW_FIRST["0"], record["uniform_widths"]["0"])]
+    assert record["searched_widths"] == dict(NARROW_FIRST)
+    assert record["searched"]["macs"] != record["uniform"]["macs"]
+    assert repeatable(record)["pruned"] == repeatable(record)[kept]
     uniform = Widths(record["uniform_widths"])
     assert uniform != NARROW_FIRST
     assert result.widths == Widths(record["widths"]) == (NARROW_FIRST if kept == "searched" else uniform)

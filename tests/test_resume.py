@@ -82,7 +82,7 @@ _PLACES = {
     "start of the supernet": ("psenet.training.supernet.mixed_loss", 2),
     # One score is asked for each candidate.
     "search": ("psenet.pipeline.soft_accuracy", 4),
-    "choice": ("psenet.pipeline.soft_accuracy", 7),
+    "choice": ("psenet.pipeline.paired_difference", 1),
     # Between a stage's work and its result.
     "writing the baseline": ("psenet.pipeline._save_state", 1),
     "writing the supernet": ("psenet.pipeline._save_state", 2),

@@ -21,7 +21,7 @@ from psenet.config import PruneConfig
 from psenet.devices import on_device
 from psenet.errors import InputError
 from psenet.estimate import estimate_seconds, say_duration
-from psenet.evaluate import SupernetScore, accuracy, recalibrate, soft_accuracy
+from psenet.evaluate import SupernetScore, accuracy, paired_difference, recalibrate, soft_accuracy
 from psenet.evolution import Evaluation, SearchProgress, search
 from psenet.export import ExportReport, export_model
 from psenet.history import History
@@ -193,10 +193,11 @@ class _Run:
         plain_widths = uniform_widths(self.space, self.limits)
         if plain_widths != best.widths:
             uniform = self._finalist("uniform", plain_widths, supernet, baseline)
-        kept = self._choose({"searched": searched, "uniform": uniform})
-        pruned = searched if kept == "searched" else uniform
+        nets = {"searched": searched, "uniform": uniform}
+        kept = self._choose(searched, uniform)
+        pruned = nets[kept]
         self.say("testing, measuring latency, exporting")
-        record = self._figures(baseline, {"pruned": pruned, "uniform": uniform})
+        record = self._figures(baseline, nets, kept)
         report = export_model(
             pruned.module,
             self.example,
@@ -375,31 +376,48 @@ class _Run:
         _load_state(net, path)
         return _Finalist(widths=widths, module=net.eval(), before=before)
 
-    def _choose(self, nets: Mapping[str, _Finalist]) -> str:
-        """Return the name of the finalist that is best on validation data, the searched one of equals.
+    def _choose(self, searched: _Finalist, uniform: _Finalist) -> str:
+        """Return "searched" if that net is the better one on validation data, else "uniform".
 
-        The search ranks by borrowed weights; after fine-tuning the plain uniform net may turn out to be the better one.
+        The search took the best of many candidates on these very data, so a part of its lead is luck. It has to lead by
+        more than a standard error to be kept: what cannot be told apart from the plain net is not worth its trouble.
         """
-        scores = {name: self._score(net.module, soft_accuracy) for name, net in nets.items()}
-        kept = max(scores, key=lambda name: scores[name])
-        shown = ", ".join(
-            f"{name} {self._score(nets[name].module, accuracy):.2f} % (score {score:.2f})"
-            for name, score in scores.items()
-        )
-        self.say(f"fine-tuned, on validation data: {shown}; the {kept} net is kept")
+        if searched is uniform:
+            score = self._score(searched.module, accuracy)
+            self.say(f"fine-tuned, on validation data: {score:.2f} %; the search returned the uniform widths")
+            return "searched"
+        with on_device(searched.module, self.device), on_device(uniform.module, self.device):
+            lead, error = paired_difference(searched.module, uniform.module, self.loaders.validation)
+        kept = "searched" if lead > error else "uniform"
+        shown = f"{self._score(uniform.module, accuracy):.2f} %, the searched one {lead:+.2f} points (+- {error:.2f})"
+        self.say(f"fine-tuned, on validation data: the uniform net {shown}; the {kept} one is kept")
         return kept
 
     def _score(self, net: nn.Module, score_fn: Callable[[nn.Module, Any], float], batches: Any = None) -> float:
         with on_device(net, self.device):
             return score_fn(net, self.loaders.validation if batches is None else batches)
 
-    def _figures(self, baseline: nn.Module, nets: Mapping[str, _Finalist]) -> dict[str, Any]:
-        """Measure everything the result says. The only place that sees test data."""
+    def _figures(self, baseline: nn.Module, nets: Mapping[str, _Finalist], kept: str) -> dict[str, Any]:
+        """Measure everything the result says. The only place that sees test data, once for each net."""
         space, seconds = self.space, self.folder.seconds()
-        modules = {"baseline": baseline.cpu(), **{name: net.module for name, net in nets.items()}}
+        different = nets if nets["searched"] is not nets["uniform"] else {kept: nets[kept]}
+        modules = {"baseline": baseline.cpu(), **{name: net.module for name, net in different.items()}}
         latency = measure_latency(modules, self.example)
         test = self.loaders.validation if self.loaders.test is None else self.loaders.test
-        record: dict[str, Any] = {
+        full = net_record(
+            space, space.full(), latency=latency["baseline"], accuracy=self._score(baseline, accuracy, test)
+        )
+        records = {
+            name: net_record(
+                space,
+                net.widths,
+                latency=latency[name],
+                accuracy=self._score(net.module, accuracy, test),
+                before_finetune=self._score(net.before, accuracy, test),
+            )
+            for name, net in different.items()
+        }
+        return {
             "format": FORMAT,
             **self.names,
             "budget": _plain_budget(self.budget),
@@ -407,24 +425,11 @@ class _Run:
             "seed": self.config.seed,
             "versions": versions(),
             "hardware": hardware(),
-            "baseline": net_record(
-                space,
-                space.full(),
-                latency=latency["baseline"],
-                accuracy=self._score(baseline, accuracy, test),
-            ),
-        }
-        for name, net in nets.items():
-            record[name] = net_record(
-                space,
-                net.widths,
-                latency=latency[name],
-                accuracy=self._score(net.module, accuracy, test),
-                before_finetune=self._score(net.before, accuracy, test),
-            )
-        return record | {
-            "widths": dict(nets["pruned"].widths),
-            "uniform_widths": dict(nets["uniform"].widths),
+            "baseline": full,
+            "pruned": records[kept],
+            **{name: records.get(name, records[kept]) for name in nets},
+            "widths": dict(nets[kept].widths),
+            **{f"{name}_widths": dict(net.widths) for name, net in nets.items()},
             "full_widths": dict(space.full()),
             "seconds": {**seconds, "total": round(sum(seconds.values()), 2)},
             "settings": self.config.as_dict(),

@@ -9,12 +9,14 @@
     baseline     macs, params, memory (bytes), latency_ms, latency_quartiles_ms, accuracy
     pruned       the same, and accuracy_before_finetune
     uniform      the same for the uniform-width net of the same MACs, trained by the same recipe
-    widths       group name to width of the pruned net; uniform_widths, full_widths: the same of the others
+    searched     the same for the net that the search found, whether it was kept or not
+    widths       group name to width of the pruned net; uniform_widths, searched_widths, full_widths: the same of the
+                 others
     seconds      baseline, supernet, search, finetune, total
     settings     everything else the run was asked for
     search       num_evaluations; best_score: mean probability of the true class on validation data, in percent;
-                 history: how many subnets training visited; kept: "searched", or "uniform" where that net had the
-                 better score after fine-tuning
+                 history: how many subnets training visited; kept: which net the pruned one is, "searched", or "uniform"
+                 where validation data did not tell the searched one to be better
     export       bytes by file name, problems, onnx_max_relative_difference, onnx_opset, batch_is_dynamic
 """
 

@@ -66,7 +66,7 @@ def test_a_run_says_what_it_does_and_how_long_it_will_take(run: _Run):
         "searching, 4 candidates",
         "winner: score ",
         "fine-tuning the searched net",
-        "fine-tuned, on validation data: searched ",
+        "fine-tuned, on validation data: ",
         "testing, measuring latency, exporting",
     ]
     lines = run.ended.out.splitlines()
