@@ -675,7 +675,10 @@ def test_a_wrong_rule_is_caught(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(RULES, "aten.sigmoid.default", zero_at_zero)
     space = _trace(build())
     assert _names(space) == ["3"]
-    assert _reasons(space)["0"] == "the narrower model computes something else than the masked one"
+    assert _reasons(space)["0"] == (
+        "the narrower model computes something else than the masked one (a rule of your own was used here: "
+        "the rule 'test_a_wrong_rule_is_caught.<locals>.zero_at_zero' for aten.sigmoid.default)"
+    )
 
 
 def test_outputs_of_any_structure_and_type_are_compared():

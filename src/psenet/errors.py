@@ -7,3 +7,9 @@ class InputError(ValueError):
     The message says what must hold, what came, where, and what to do. The command line prints it without a
     traceback and exits with code 2; every other exception is a failure of psenet and exits with code 1.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """Return an error's type and the first line of its message, shortened, to be part of another message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"

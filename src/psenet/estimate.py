@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from psenet.devices import to_device
+from psenet.inputs import Inputs, as_arguments, num_samples
 from psenet.supernet import Supernet
 from psenet.training.strategies import make_strategy
 
@@ -19,7 +21,7 @@ _WARMUP, _MEASURED = 1, 4
 def estimate_seconds(
     model: nn.Module,
     supernet: Supernet,
-    batch: tuple[torch.Tensor, torch.Tensor],
+    batch: tuple[Inputs, torch.Tensor],
     *,
     steps: Mapping[str, int],
     num_subnets: int,
@@ -45,11 +47,12 @@ def estimate_seconds(
         keep_ratio: MACs of the nets to fine-tune as a share of the full model's.
         device: Where the run will train.
     """
-    x, labels = batch[0].to(device), batch[1].to(device)
+    x, labels = to_device(batch[0], device), batch[1].to(device)
+    size = num_samples(x)
     plain = copy.deepcopy(model).to(device).train()
-    plain_seconds = _median_seconds(lambda: _step(plain, plain(x), labels))
+    plain_seconds = _median_seconds(lambda: _step(plain, plain(*as_arguments(x)), labels))
     elastic = copy.deepcopy(supernet).to(device).train()
-    chosen = make_strategy(strategy, supernet.space, num_subnets=min(num_subnets, max(1, len(x) // 2)), seed=0)
+    chosen = make_strategy(strategy, supernet.space, num_subnets=min(num_subnets, max(1, size // 2)), seed=0)
 
     def supernet_step() -> None:
         widths = chosen.next_widths()
@@ -58,7 +61,7 @@ def estimate_seconds(
 
     supernet_seconds = _median_seconds(supernet_step)
     with torch.no_grad():
-        forward_seconds = _median_seconds(lambda: plain(x)) / len(x)
+        forward_seconds = _median_seconds(lambda: plain(*as_arguments(x))) / size
     scoring = forward_seconds * (num_calibration + num_validation) * (0.3 + 0.7 * keep_ratio)
     return {
         "baseline": plain_seconds * steps["baseline"],

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from psenet.devices import device_of, to_device
 from psenet.errors import InputError
+from psenet.inputs import as_arguments
 from psenet.widths import Widths
 
 ForwardFn = Callable[[nn.Module, Any], Any]
@@ -252,7 +253,7 @@ def _run_calibration(run: ForwardFn, module: nn.Module, batch: Any, number: int)
 
 
 def _forward_first(module: nn.Module, batch: Any) -> Any:
-    return module(batch[0])
+    return module(*as_arguments(batch[0]))
 
 
 def _checked(logits: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from psenet.artifact import Description, save_weights, write_bytes
 from psenet.evaluate import eval_mode
+from psenet.inputs import as_arguments
 from psenet.widths import Widths
 
 PROGRAM_NAME = "model.pt2"
@@ -106,7 +107,7 @@ def export_model(
         InputError: `folder` is not a folder, or the details are not valid.
     """
     folder = Path(folder)
-    inputs = (example_input,) if isinstance(example_input, torch.Tensor) else tuple(example_input)
+    inputs = as_arguments(example_input)
     known = dict(details or {})
     if len(inputs) == 1 and known.get("input_shape") is None:
         known["input_shape"] = tuple(inputs[0].shape[1:])

@@ -12,6 +12,7 @@ from torch import nn
 
 from psenet.errors import InputError
 from psenet.evaluate import eval_mode
+from psenet.inputs import as_arguments
 
 _SHORT_MS = 1.0
 _LEAST_MEASUREMENT_MS = 2.0
@@ -60,8 +61,7 @@ def measure_latency(
     """
     place = _available(device)
     _check(modules, place, num_runs=num_runs, warmup=warmup, num_threads=num_threads)
-    given = (example_input,) if isinstance(example_input, torch.Tensor) else tuple(example_input)
-    inputs = tuple(value.to(place) for value in given)
+    inputs = tuple(value.to(place) for value in as_arguments(example_input))
     time_ms = _time_on_cpu_ms if place.type == "cpu" else _time_on_cuda_ms
     names = list(modules)
     times_ms: dict[str, list[float]] = {name: [] for name in names}

@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
+from psenet.errors import first_line
+from psenet.inputs import Inputs, as_arguments, map_tensors, tensors_in
 from psenet.parallel.skeleton import ParallelSkeleton
 from psenet.slicing import load_slices, narrow_attributes, narrow_module, slice_state, sliced_shapes, state_of
 from psenet.space import WidthSpace
@@ -22,7 +23,11 @@ TOLERANCE = 1e-3
 
 
 def broken_groups(
-    model: nn.Module, example: torch.Tensor, build: Callable[[dict[str, str]], WidthSpace]
+    model: nn.Module,
+    example: Inputs,
+    build: Callable[[dict[str, str]], WidthSpace],
+    *,
+    also_in_training: bool = False,
 ) -> dict[str, str]:
     """Find the groups that cannot be shrunk.
 
@@ -33,6 +38,7 @@ def broken_groups(
         model: The full-width module.
         example: Its example input.
         build: Makes the space with some groups frozen, name to reason.
+        also_in_training: The model runs other modules in training: narrow ones must then run in that mode, too.
 
     Returns:
         The groups to freeze, name to reason.
@@ -45,7 +51,10 @@ def broken_groups(
     def prove(some: Sequence[str]) -> None:
         rest = {name: reason for name, reason in reasons.items() if name not in some}
         space = build(rest)
-        failure = _failure(lively, space, example, [space.smallest(), space.sample(rng)])
+        subnets = [space.smallest(), space.sample(rng)]
+        failure = _failure(lively, space, example, subnets)
+        if failure is None and also_in_training:
+            failure = _failure_in_training(lively, space, example, subnets)
         if failure is None:
             for name in some:
                 del reasons[name]
@@ -60,29 +69,32 @@ def broken_groups(
     return reasons
 
 
-def _failure(model: nn.Module, space: WidthSpace, example: torch.Tensor, subnets: Sequence[Widths]) -> str | None:
+def _failure(model: nn.Module, space: WidthSpace, example: Inputs, subnets: Sequence[Widths]) -> str | None:
     """Return why some of the subnets do not work, or None if narrow and masked agree."""
     if not space.groups:
         return None
     n = len(subnets)
     generator = torch.Generator().manual_seed(0)
-    x = torch.cat([example] * (2 * n))[: 2 * n]
-    if x.is_floating_point():
-        noise = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
-        x = x + noise * (x.std() + 1)
+
+    def vary(tensor: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([tensor] * (2 * n))[: 2 * n]
+        if x.is_floating_point():
+            noise = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
+            x = x + noise * (x.std() + 1)
+        return x
+
+    x = map_tensors(vary, example)
     masked = _outputs(ParallelSkeleton(model, space, space.full(), num_subnets=n), model, x, subnets)
     if isinstance(masked, str):
         return f"the model does not run several samples at once: {masked}"
     for number, widths in enumerate(subnets):
-        state = state_of(model)
-        attributes = narrow_attributes(model, space, widths)
-        narrow = narrow_module(model, sliced_shapes(state, space, widths), attributes=attributes)
-        load_slices(narrow, slice_state(state, space, widths))
+        narrow = _narrowed(model, space, widths)
         try:
             with torch.no_grad():
-                alone = _tensors(narrow.eval()(x[number::n].clone()))
+                own = map_tensors(lambda tensor, number=number: tensor[number::n].clone(), x)
+                alone = tensors_in(narrow.eval()(*as_arguments(own)))
         except Exception as error:  # the user's forward may raise anything
-            return f"the model's own code fails when it is narrower: {_first_line(error)}"
+            return f"the model's own code fails when it is narrower: {first_line(error)}"
         for out, expected in zip(alone, masked, strict=True):
             expected = expected[number::n]
             if out.shape != expected.shape:
@@ -95,15 +107,40 @@ def _failure(model: nn.Module, space: WidthSpace, example: torch.Tensor, subnets
     return None
 
 
+def _failure_in_training(model: nn.Module, space: WidthSpace, example: Inputs, subnets: Sequence[Widths]) -> str | None:
+    """Return why narrow or masked models do not run in training mode, or None. What they give there is random."""
+    x = map_tensors(lambda tensor: torch.cat([tensor] * (2 * len(subnets)))[: 2 * len(subnets)], example)
+    modules = [_narrowed(model, space, widths).train() for widths in subnets]
+    skeleton = ParallelSkeleton(model, space, space.full(), num_subnets=len(subnets))
+    skeleton.module.train()
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            for module in modules:
+                module(*as_arguments(map_tensors(torch.clone, x)))
+            skeleton(state_of(model), map_tensors(torch.clone, x), subnets)
+    except Exception as error:  # the user's forward may raise anything
+        return f"the model's own code fails in training when it is narrower: {first_line(error)}"
+    return None
+
+
+def _narrowed(model: nn.Module, space: WidthSpace, widths: Widths) -> nn.Module:
+    state = state_of(model)
+    attributes = narrow_attributes(model, space, widths)
+    narrow = narrow_module(model, sliced_shapes(state, space, widths), attributes=attributes)
+    load_slices(narrow, slice_state(state, space, widths))
+    return narrow
+
+
 def _outputs(
-    skeleton: ParallelSkeleton, model: nn.Module, x: torch.Tensor, subnets: Sequence[Widths]
+    skeleton: ParallelSkeleton, model: nn.Module, x: Inputs, subnets: Sequence[Widths]
 ) -> list[torch.Tensor] | str:
     skeleton.module.eval()
     try:
         with torch.no_grad():
-            return _tensors(skeleton(state_of(model), x.clone(), subnets))  # the forward may change it
+            copies = map_tensors(torch.clone, x)  # the forward may change them
+            return tensors_in(skeleton(state_of(model), copies, subnets))
     except Exception as error:  # the user's forward may raise anything
-        return _first_line(error)
+        return first_line(error)
 
 
 def _enlivened(model: nn.Module) -> nn.Module:
@@ -116,12 +153,3 @@ def _enlivened(model: nn.Module) -> nn.Module:
                 random = torch.rand(tensor.shape, generator=generator).to(tensor)
                 tensor.copy_(random * 0.2 if name.endswith(("bias", "running_mean")) else random + 0.5)
     return lively
-
-
-def _tensors(output: object) -> list[torch.Tensor]:
-    leaves = tree_leaves(output)
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"

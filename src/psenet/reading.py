@@ -1,38 +1,51 @@
 """`trace`: read a model, group its channels, prove every group."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import copy
+import io
+import linecache
+import traceback
+from collections.abc import Sequence
+from contextlib import redirect_stderr
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.func import functional_call
 
-from psenet.errors import InputError
+from psenet.errors import InputError, first_line
+from psenet.evaluate import eval_mode as evaluating
+from psenet.inputs import Inputs, as_arguments, map_tensors, num_samples, tensors_in
 from psenet.proof import broken_groups
 from psenet.slicing import state_of
 from psenet.space import WidthSpace
 from psenet.tracing.facts import Reading
 from psenet.tracing.grouping import build_space
+from psenet.tracing.opaque import opaque_modules
 from psenet.tracing.reader import Reader
 from psenet.tracing.rules import RULES
+
+_LIBRARIES = tuple(f"{Path(module.__file__ or '').parent}/" for module in (torch, copy))
+"""What is below is not the user's code: torch, the standard library."""
 
 
 def trace(
     model: nn.Module,
-    example_input: torch.Tensor,
+    example_input: Inputs,
     *,
     divisor: int = 8,
     min_ratio: float = 0.25,
     keep_ratios: Sequence[float] | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
+    opaque: Sequence[str] = (),
 ) -> WidthSpace:
     """Find the channel groups of a model.
 
     Args:
         model: Any traceable CNN. It is not changed; it is read in eval mode.
-        example_input: A batch of at least one sample, shape (B, ...).
+        example_input: A batch of at least one sample, shape (B, ...), or a tuple of the model's arguments: tensors with
+            the samples on axis 0, or dicts, lists and tuples of them.
         divisor: Widths are multiples of this many channels, and the full size. Channels that only live and die in
             blocks make multiples of the least number of blocks that has so many channels.
         min_ratio: The smallest width as a share of a group's size, above 0 and at most 1.
@@ -40,6 +53,8 @@ def trace(
             no effect.
         include: Only groups with a layer whose path matches one of these patterns (`"layer1.*"`) vary. None: all.
         exclude: Groups with a layer whose path matches one of these patterns never vary. None: none.
+        opaque: Modules whose path matches one of these patterns are not read at all (control flow that depends on the
+            data, say); what they take and give keeps its full width.
 
     Returns:
         The width space. Every group in it was proved: shrinking it gives what masking it gives.
@@ -57,7 +72,7 @@ def trace(
         [('0', (8, 16, 24, 32))]
     """
     _check_settings(divisor, min_ratio, keep_ratios)
-    reading = read(model, example_input)
+    reading = read(model, example_input, opaque=opaque)
 
     def choices(size: int, unit: int) -> tuple[int, ...]:
         if keep_ratios is not None:
@@ -67,13 +82,15 @@ def trace(
 
     def build(frozen_groups: dict[str, str]) -> WidthSpace:
         return build_space(
-            reading, choices, frozen_groups={**left_out, **frozen_groups}, batch_size=example_input.shape[0]
+            reading, choices, frozen_groups={**left_out, **frozen_groups}, batch_size=num_samples(example_input)
         )
 
     left_out: dict[str, str] = {}
     left_out = _left_out(build({}), include, exclude)
-    with _evaluating(model):
-        broken = broken_groups(model, example_input.detach(), build)
+    with evaluating(model):
+        broken = broken_groups(
+            model, map_tensors(torch.detach, example_input), build, also_in_training=reading.trains_differently
+        )
     space = build(broken)
     if not space.groups:
         reasons = "; ".join(f"{frozen.layer}: {frozen.reason}" for frozen in space.frozen[:8])
@@ -81,40 +98,119 @@ def trace(
     return space
 
 
-def read(model: nn.Module, example_input: torch.Tensor) -> Reading:
+def read(model: nn.Module, example_input: Inputs, *, opaque: Sequence[str] = ()) -> Reading:
     """Export the model's graph and walk it with the rules.
 
+    A model that runs other modules in training than in evaluation (auxiliary heads) is read in both modes: channels
+    must be able to vary in both, and costs are those of evaluation.
+
     Raises:
-        TypeError: Not a module, or the example is not a tensor.
+        TypeError: Not a module, or the example has no tensor.
         InputError: The model refuses the example or cannot be traced.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"trace needs a torch.nn.Module; got {type(model).__name__}")
-    if not isinstance(example_input, torch.Tensor):
+    if not tensors_in(example_input):
         raise TypeError(f"example_input must be a tensor of shape (B, ...); got {type(example_input).__name__}")
-    if example_input.ndim < 2 or example_input.shape[0] < 1:
-        raise InputError(f"example_input must be a batch of samples, shape (B, ...); got {tuple(example_input.shape)}")
-    with _evaluating(model):
-        try:
-            with torch.no_grad():
-                # On copies: the user's forward may count in its buffers or change its input in place.
-                buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-                functional_call(model, buffers, (example_input.clone(),))
-        except Exception as error:  # the user's forward may raise anything
-            shape = tuple(example_input.shape)
-            raise InputError(f"the model refuses an input of shape {shape}: {type(error).__name__}: {error}") from error
-        try:
-            program = torch.export.export(model, (example_input,), strict=False)
-        except Exception as error:  # torch.export raises many private types
-            raise InputError(f"the model cannot be traced by torch.export: {type(error).__name__}: {error}") from error
+    if any(tensor.ndim < 2 for tensor in tensors_in(example_input)[:1]):
+        shape = tuple(tensors_in(example_input)[0].shape)
+        raise InputError(f"example_input must be a batch of samples, shape (B, ...); got {shape}")
+    num_samples(example_input)
+    paths = _paths_of(model, opaque)
+    if paths:
+        model = copy.deepcopy(model)
     same_tensor, same_module = _ties(model)
-    reading = Reader(program, RULES, same_tensor=same_tensor, same_module=same_module).read()
+    reading = Reading()
+    with evaluating(model):
+        calls = _calls(model, example_input)
+        if isinstance(calls, Exception):
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in(example_input))
+            raise InputError(
+                f"the model refuses an input of shape {shapes}: {type(calls).__name__}: {calls}"
+            ) from calls
+        with opaque_modules(model, paths, example_input):
+            program = _export(model, example_input)
+            Reader(program, RULES, reading, same_tensor=same_tensor, same_module=same_module).read()
+        pair = map_tensors(lambda tensor: torch.cat([tensor, tensor]), example_input)  # batch norms want two samples
+        model.train()
+        calls_in_training = _calls(model, pair)
+        reading.trains_differently = not isinstance(calls_in_training, Exception) and calls_in_training != calls
+        if reading.trains_differently:
+            with opaque_modules(model, paths, pair):
+                program = _export(model, pair)
+                reader = Reader(program, RULES, reading, same_tensor=same_tensor, same_module=same_module)
+                reader.read(counts=False)
     for alias in same_tensor.keys() & state_of(model).keys():
         if same_tensor[alias] in reading.axes:
             reading.axes[alias] = reading.axes[same_tensor[alias]]
             reading.shapes[alias] = reading.shapes[same_tensor[alias]]
     reading.params = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     return reading
+
+
+def _calls(model: nn.Module, inputs: Inputs) -> list[str] | Exception:
+    """Run the model on copies; return the paths of the modules that run, in order, or what its forward raises."""
+    calls: list[str] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda _module, _args, path=path: calls.append(path))
+        for path, module in model.named_modules()
+    ]
+    try:
+        # The user's forward may count in its buffers or change its input in place.
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        with torch.no_grad(), torch.random.fork_rng():
+            outputs = functional_call(model, buffers, as_arguments(map_tensors(torch.clone, inputs)))
+    except Exception as error:  # the user's forward may raise anything
+        return error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [*calls, f"{len(tensors_in(outputs))} outputs"]
+
+
+def _export(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
+    # Where a module cannot be captured, torch prints the graph so far to stderr besides raising the error.
+    try:
+        with redirect_stderr(io.StringIO()):
+            return torch.export.export(model, as_arguments(inputs), strict=False)
+    except Exception as error:  # torch.export raises many private types
+        mode = " in training mode" if model.training else ""
+        where, path = _place_in_model(error, model)
+        way_out = f"opaque=[{path!r}]" if path else "opaque=[...] with the path of the module that does it"
+        raise InputError(
+            f"the model cannot be traced{mode}{where}: {first_line(error)}. What it does there depends on the data or "
+            f"is unknown to torch.export: rewrite it, or leave that module as it is with {way_out}"
+        ) from error
+
+
+def _place_in_model(error: BaseException, model: nn.Module) -> tuple[str, str]:
+    """Return the line of the user's code where tracing failed, and the innermost module that it belongs to."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    where, innermost = "", ""
+    while error is not None:
+        for frame, line in traceback.walk_tb(error.__traceback__):
+            file = frame.f_code.co_filename
+            first = frame.f_code.co_varnames[:1]  # self, by whatever name
+            owner = paths.get(id(frame.f_locals.get(first[0]))) if first else None
+            if file.startswith(_LIBRARIES) or owner is None:
+                continue
+            code = linecache.getline(file, line).strip()
+            where = f" at {file}:{line} (`{code}`" + (f", in {owner})" if owner else ")")
+            innermost = owner
+        if where:
+            break
+        error = error.__cause__ or error.__context__  # pyright: ignore[reportAssignmentType]
+    return where, innermost
+
+
+def _paths_of(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Return the outermost modules that match."""
+    names = [path for path, _ in model.named_modules() if path]
+    idle = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
+    if idle:
+        raise InputError(f"opaque: no module matches {idle}; modules are named like {names[:3]}")
+    found = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    return [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
 
 
 def _ties(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
@@ -165,15 +261,3 @@ def _check_settings(divisor: int, min_ratio: float, keep_ratios: Sequence[float]
         problems.append(f"keep_ratios must be numbers above 0 and at most 1; got {keep_ratios!r}")
     if problems:
         raise InputError("; ".join(problems))
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode and every module's own mode back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -3,11 +3,13 @@
 import copy
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from psenet.errors import InputError
+from psenet.inputs import Inputs, map_tensors, num_samples, tensors_in
 from psenet.parallel.skeleton import ParallelSkeleton
 from psenet.slicing import load_slices, narrow_attributes, narrow_module, slice_state, sliced_shapes, state_of
 from psenet.space import WidthSpace
@@ -45,7 +47,7 @@ class Supernet(nn.Module):
         self.strata: tuple[Widths, ...] = tuple(sorted(ceilings, key=space.macs))
         self._skeletons: OrderedDict[tuple[Widths, int], ParallelSkeleton] = OrderedDict()
 
-    def forward(self, x: torch.Tensor, widths: Widths | Sequence[Widths]) -> torch.Tensor:
+    def forward(self, x: Inputs, widths: Widths | Sequence[Widths]) -> Any:
         """Run one subnet on the whole batch, or several on interleaved parts of it.
 
         Several are computed in one pass at the lowest stratum that holds them all. Outputs and gradients are those of
@@ -53,17 +55,17 @@ class Supernet(nn.Module):
         never written; `psenet.evaluate.recalibrate` gives a subnet its own.
 
         Args:
-            x: Input, shape (B, ...).
+            x: Input, shape (B, ...), or a tuple of the model's arguments with B samples each.
             widths: One subnet, or n of them: sample j goes through `widths[j % n]`.
 
         Returns:
-            The model's output, samples in the order of `x`.
+            What the model returns, samples in the order of `x`.
 
         Raises:
-            InputError: Widths are not of this space, there are none, or more than samples.
+            InputError: Widths are not of this space, there are none, or more than samples; inputs of different sizes.
         """
         subnets = [widths] if isinstance(widths, Widths) else list(widths)
-        n, batch_size = len(subnets), x.shape[0]
+        n, batch_size = len(subnets), num_samples(x)
         if not 1 <= n <= batch_size:
             raise InputError(f"a batch of {batch_size} samples takes 1 to {batch_size} subnets; got {n}")
         if n == 1:
@@ -124,7 +126,7 @@ class Supernet(nn.Module):
         attributes = narrow_attributes(self.model, self.space, widths)
         return narrow_module(self.model, shapes, attributes=attributes, device=device)
 
-    def _pass(self, x: torch.Tensor, subnets: list[Widths], ceiling: Widths) -> torch.Tensor:
+    def _pass(self, x: Inputs, subnets: list[Widths], ceiling: Widths) -> Any:
         key = (ceiling, len(subnets))
         skeleton = self._skeletons.get(key)
         if skeleton is None:
@@ -136,12 +138,17 @@ class Supernet(nn.Module):
         skeleton.module.train(self.training)
         return skeleton(state_of(self.model), x, subnets)
 
-    def _one_by_one(self, x: torch.Tensor, subnets: list[Widths]) -> torch.Tensor:
+    def _one_by_one(self, x: Inputs, subnets: list[Widths]) -> Any:
         """Serve a batch that the number of subnets does not divide: exact, and as slow as n passes."""
         n = len(subnets)
-        outputs = [self._pass(x[first::n], [setting], setting) for first, setting in enumerate(subnets)]
-        order = torch.cat([torch.arange(first, x.shape[0], n, device=x.device) for first in range(n)])
-        return torch.cat(outputs)[order.argsort()]
+        outputs = [
+            self._pass(map_tensors(lambda tensor, first=first: tensor[first::n], x), [setting], setting)
+            for first, setting in enumerate(subnets)
+        ]
+        order = torch.cat([torch.arange(first, num_samples(x), n) for first in range(n)]).argsort()
+        parts = zip(*map(tensors_in, outputs), strict=True)
+        whole = iter([torch.cat(part)[order.to(part[0].device)] for part in parts])
+        return map_tensors(lambda _: next(whole), outputs[0])
 
 
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:

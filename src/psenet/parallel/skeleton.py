@@ -12,11 +12,13 @@ Legend: n subnets, B batch, C channels at the ceiling.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.func import functional_call
 
+from psenet.inputs import Inputs, as_arguments, tensors_in
 from psenet.parallel.masks import MaskTable
 from psenet.parallel.ops import MASK, mask_ops
 from psenet.slicing import State, narrow_attributes, narrow_module, slice_state, sliced_shapes, state_of
@@ -61,18 +63,18 @@ class ParallelSkeleton:
             else:
                 mask_ops(layer, plan.axis)
 
-    def __call__(self, state: Mapping[str, torch.Tensor], x: torch.Tensor, widths: Sequence[Widths]) -> torch.Tensor:
+    def __call__(self, state: Mapping[str, torch.Tensor], inputs: Inputs, widths: Sequence[Widths]) -> Any:
         """Run the pass.
 
         Args:
             state: The full-width parameters and buffers.
-            x: Input of shape (B, ...), B a multiple of n; sample j goes through `widths[j % n]`.
+            inputs: What the model takes, B samples, B a multiple of n; sample j goes through `widths[j % n]`.
             widths: n subnets below the ceiling.
 
         Returns:
-            The model's output, samples in the order of `x`.
+            The model's output, samples in the order of the inputs.
         """
-        masks = self._table.masks(widths, x.device)
+        masks = self._table.masks(widths, tensors_in(inputs)[0].device)
         tensors = slice_state(state, self._space, self.ceiling)
         for plan, folded, mask_nC in zip(self._plans, self._folded, masks, strict=True):
             if folded:
@@ -80,7 +82,8 @@ class ParallelSkeleton:
             else:
                 name = _MASK if plan.kind == "masked_input" else MASK
                 tensors[f"{plan.module}.{name}" if plan.module else name] = mask_nC
-        return functional_call(self.module, tensors, (x,), tie_weights=False)  # each tied name comes with its slice
+        # Each tied name comes with its slice.
+        return functional_call(self.module, tensors, as_arguments(inputs), tie_weights=False)
 
     def _fold(self, tensors: State, path: str, mask_nC: torch.Tensor) -> None:
         """Repeat a norm's tensors for the n subnets and fold the mask into scale and shift."""

@@ -103,3 +103,7 @@ class Reading:
     """The tensors alive at each op, batch included."""
     outputs_of: dict[str, np.ndarray] = field(default_factory=dict)
     """Ids of the output channels of every layer with MACs."""
+    foreign: list[tuple[str, np.ndarray]] = field(default_factory=list)
+    """Rules of the user's own, and the ids of the tensors that they saw or described."""
+    trains_differently: bool = False
+    """In training the model runs other modules than in evaluation, or gives other outputs."""

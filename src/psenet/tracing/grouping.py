@@ -96,7 +96,7 @@ class _Grouping:
         for atom in atoms:
             widths = tuple(choices(len(atom.classes) * atom.unit, atom.unit))
             if atom.name in frozen_groups:
-                self._freeze(atom.classes, frozen_groups[atom.name])
+                self._freeze(atom.classes, frozen_groups[atom.name] + self._suspects(atom))
             elif len(widths) < 2:
                 self._freeze(atom.classes, f"no smaller width is allowed than {max(widths)}")
             else:
@@ -166,6 +166,11 @@ class _Grouping:
     def _freeze(self, classes: Iterable[int], reason: str) -> None:
         for label in classes:
             self._reasons.setdefault(int(label), reason)
+
+    def _suspects(self, atom: Atom) -> str:
+        """Name the user's own rules that spoke of these channels."""
+        names = [name for name, ids in self._reading.foreign if np.isin(self._class_of[ids], atom.classes).any()]
+        return f" (a rule of your own was used here: {'; '.join(dict.fromkeys(names))})" if names else ""
 
     def _frozen_classes(self) -> dict[int, str]:
         reasons: dict[int, str] = {}

@@ -6,6 +6,7 @@ components of all ties. Working on single channels instead of whole layers makes
 cost nothing: a group is split there by itself.
 """
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import fx
 
+from psenet.errors import InputError, first_line
 from psenet.tracing.call import Call, Rule
 from psenet.tracing.facts import NO_CHANNEL, Freeze, MaskNeed, Reading, Value
 from psenet.tracing.nodes import aliased, itemsize_of, results_of, shape_of, storages_of
@@ -34,6 +36,7 @@ class Reader:
     Args:
         program: The result of `torch.export.export`.
         rules: Rule by op name; an op without one freezes what it touches.
+        reading: What was found so far, of another graph of the same model; it is added to.
         same_tensor: For further names of a tied parameter or buffer, its first name.
         same_module: For further paths of a module that stands in several places, its first path.
     """
@@ -42,11 +45,12 @@ class Reader:
         self,
         program: torch.export.ExportedProgram,
         rules: dict[str, Rule],
+        reading: Reading,
         *,
         same_tensor: Mapping[str, str] | None = None,
         same_module: Mapping[str, str] | None = None,
     ) -> None:
-        self.reading = Reading()
+        self.reading = reading
         self.rules = rules
         self.same_module = same_module or {}
         signature = program.graph_signature
@@ -59,8 +63,9 @@ class Reader:
         self._activations: set[fx.Node] = set()
         self._states: dict[str, _State] = {}
 
-    def read(self) -> Reading:
-        """Walk the graph and return what was found."""
+    def read(self, *, counts: bool = True) -> None:
+        """Walk the graph and note what is found, costs only if this graph `counts`."""
+        costs = {name: copy.copy(getattr(self.reading, name)) for name in ("macs", "outputs_of", "moments")}
         for node in self._graph.nodes:
             if node.op == "placeholder":
                 self._known[node] = self._placeholder(node)
@@ -70,8 +75,10 @@ class Reader:
                 self._freeze_outputs(node)
         self._settle_states()
         self._settle_masks()
-        self.reading.moments = list(self._moments())
-        return self.reading
+        if counts:
+            self.reading.moments = list(self._moments())
+        else:
+            vars(self.reading).update(costs)
 
     def is_activation(self, node: fx.Node) -> bool:
         """Tell whether a node depends on the model's input."""
@@ -175,11 +182,38 @@ class Reader:
         if rule is None:
             call.freeze_inputs("no rule for this op")
             return _untracked(node)
-        result = rule(call)
+        result = rule(call) if _is_ours(rule) else self._apply_foreign(rule, call)
         changed = node.args[0] if node.target._schema.is_mutable else None
         if isinstance(changed, fx.Node) and isinstance(result, Value):  # an in-place op changes its argument too
             self._known[changed] = result
             self._spoil(changed, result.zero)
+        return result
+
+    def _apply_foreign(self, rule: Rule, call: Call) -> Value | tuple[Value, ...]:
+        """Apply a rule of the user's own, check what it says, and remember which channels it spoke of.
+
+        Raises:
+            InputError: The rule fails, or returns something else than the op does.
+        """
+        name = f"the rule {getattr(rule, '__qualname__', rule)!r} for {call.op}"
+        try:
+            result = rule(call)
+        except Exception as error:  # the user's rule may raise anything
+            raise InputError(f"{name} fails at {call.where()}: {first_line(error)}") from error
+        values = result if isinstance(result, tuple) else (result,)
+        shapes = [tuple(map(int, tensor.shape)) for tensor in results_of(call.node)]
+        fits = len(values) == len(shapes) and all(
+            isinstance(value, Value) and value.shape == shape and _is_over(value.ids, shape)
+            for value, shape in zip(values, shapes, strict=True)
+        )
+        if not fits:
+            said = [(value.shape, value.ids.shape) if isinstance(value, Value) else value for value in values]
+            raise InputError(
+                f"{name} must return a Value for each output, with its shape and ids that broadcast to it; the op "
+                f"returns {shapes} at {call.where()}, the rule said {said}"
+            )
+        touched = [_real(value.ids) for value in (*call.values(), *values)]
+        self.reading.foreign.append((name, np.concatenate(touched)))
         return result
 
     def _spoil(self, node: fx.Node, zero: bool) -> None:
@@ -260,6 +294,14 @@ class Reader:
 
 def _real(ids: np.ndarray) -> np.ndarray:
     return ids[ids != NO_CHANNEL].reshape(-1)
+
+
+def _is_ours(rule: Rule) -> bool:
+    return rule.__module__.startswith("psenet.")
+
+
+def _is_over(ids: np.ndarray, shape: tuple[int, ...]) -> bool:
+    return ids.ndim == len(shape) and all(size in (1, whole) for size, whole in zip(ids.shape, shape, strict=True))
 
 
 def _out_of_place(op: str) -> str:

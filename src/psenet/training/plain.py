@@ -9,6 +9,7 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader
 
 from psenet.errors import InputError
+from psenet.inputs import Inputs, as_arguments
 from psenet.training.config import TrainConfig
 from psenet.training.loop import Batch, fit
 from psenet.training.losses import LossFn, cross_entropy, mixed_loss
@@ -56,7 +57,7 @@ def train_model(
     def step(module: nn.Module, batch: Batch, number: int, backward: Callable[[torch.Tensor], None]) -> torch.Tensor:
         x, labels = batch
         x = layout(x)
-        loss = mixed_loss(loss_fn, config, module(x), labels, teach(teacher, x)).mean()
+        loss = mixed_loss(loss_fn, config, module(*as_arguments(x)), labels, teach(teacher, x)).mean()
         backward(loss)
         return loss.detach()
 
@@ -82,7 +83,7 @@ class _InputLayout:
         self._model = model
         self._is_possible: bool | None = None
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Inputs) -> Inputs:
         if self._is_possible is False or not isinstance(x, torch.Tensor) or x.ndim != 4:
             return x
         channels_last = x.contiguous(memory_format=torch.channels_last)

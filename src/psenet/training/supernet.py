@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from torch.utils.data import DataLoader
 from psenet.errors import InputError
 from psenet.evaluate import eval_mode
 from psenet.history import History
+from psenet.inputs import Inputs, as_arguments, num_samples, tensors_in
 from psenet.supernet import Supernet
 from psenet.training.config import TrainConfig
 from psenet.training.loop import Batch, Step, fit
@@ -86,7 +88,7 @@ def _parallel_step(
     def step(supernet: nn.Module, batch: Batch, number: int, backward: Callable[[torch.Tensor], None]) -> torch.Tensor:
         x, labels = batch
         # A last batch may be short, and the statistics of a batch norm want two samples a subnet.
-        widths = strategy.next_widths()[: max(1, len(x) // 2)]
+        widths = strategy.next_widths()[: max(1, num_samples(x) // 2)]
         losses_B = mixed_loss(loss_fn, config, supernet(x, widths), labels, teach(teacher, x))
         backward(losses_B.mean())
         losses_B = losses_B.detach()
@@ -119,9 +121,9 @@ def _serial_step(
     return step
 
 
-def teach(teacher: nn.Module | None, x: torch.Tensor) -> torch.Tensor | None:
+def teach(teacher: nn.Module | None, x: Inputs) -> Any:
     """Return the teacher's outputs on a batch, without gradients; None without a teacher."""
     if teacher is None:
         return None
-    with torch.no_grad(), eval_mode(teacher.to(x.device)):
-        return teacher(x)
+    with torch.no_grad(), eval_mode(teacher.to(tensors_in(x)[0].device)):
+        return teacher(*as_arguments(x))
