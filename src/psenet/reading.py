@@ -112,8 +112,8 @@ def read(model: nn.Module, example_input: Inputs, *, opaque: Sequence[str] = ())
         raise TypeError(f"trace needs a torch.nn.Module; got {type(model).__name__}")
     if not tensors_in(example_input):
         raise TypeError(f"example_input must be a tensor of shape (B, ...); got {type(example_input).__name__}")
-    if any(tensor.ndim < 2 for tensor in tensors_in(example_input)[:1]):
-        shape = tuple(tensors_in(example_input)[0].shape)
+    shape = tuple(tensors_in(example_input)[0].shape)
+    if len(shape) < 2 or shape[0] < 1:
         raise InputError(f"example_input must be a batch of samples, shape (B, ...); got {shape}")
     num_samples(example_input)
     paths = _paths_of(model, opaque)
@@ -176,7 +176,7 @@ def _export(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
     except Exception as error:  # torch.export raises many private types
         mode = " in training mode" if model.training else ""
         where, path = _place_in_model(error, model)
-        way_out = f"opaque=[{path!r}]" if path else "opaque=[...] with the path of the module that does it"
+        way_out = f"opaque=[{path!r}]" if path else "opaque=[...], naming the module that does it"
         raise InputError(
             f"the model cannot be traced{mode}{where}: {first_line(error)}. What it does there depends on the data or "
             f"is unknown to torch.export: rewrite it, or leave that module as it is with {way_out}"

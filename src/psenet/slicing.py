@@ -5,7 +5,7 @@ differentiable views. Nothing else in psenet narrows anything.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import nn
@@ -104,23 +104,26 @@ def state_of(model: nn.Module) -> State:
     return state
 
 
-def slice_state(state: Mapping[str, torch.Tensor], space: WidthSpace, widths: Widths) -> State:
+def slice_state(
+    state: Mapping[str, torch.Tensor], space: WidthSpace, widths: Widths, *, names: Iterable[str] | None = None
+) -> State:
     """Take from every tensor what a subnet keeps.
 
     Args:
         state: Full-width tensors by name (see `state_of`).
         space: The width space of the model.
         widths: The subnet.
+        names: The tensors to take; None for all.
 
     Returns:
         The same names with narrower tensors: views wherever the kept channels stand in one piece, else concatenations
         of views; differentiable either way.
     """
     units = space.units(widths)
-    narrow = dict(state)
-    for name, layouts in space.wiring.layouts.items():
+    narrow = dict(state) if names is None else {name: state[name] for name in names}
+    for name in [*narrow]:
         tensor = state[name]
-        for axis, layout in enumerate(layouts):
+        for axis, layout in enumerate(space.wiring.layouts.get(name, ())):
             pieces = segments(layout, units)
             if pieces != [(0, tensor.shape[axis])]:
                 views = [tensor.narrow(axis, start, length) for start, length in pieces]
@@ -154,8 +157,12 @@ def narrow_attributes(model: nn.Module, space: WidthSpace, widths: Widths) -> At
     new_values: dict[str, dict[int, int]] = {}
     for plan in space.wiring.constants:
         new_values.setdefault(plan.module, {})[plan.value] = plan.form.count(units)
+    new_lists: dict[str, dict[tuple[int, ...], list[int]]] = {}
+    for plan in space.wiring.constant_lists:
+        new_lists.setdefault(plan.module, {})[plan.values] = [form.count(units) for form in plan.forms]
     found: Attributes = {}
-    for path, new in new_values.items():
+    for path in dict.fromkeys([*new_values, *new_lists]):
+        new, lists = new_values.get(path, {}), new_lists.get(path, {})
         module = model.get_submodule(path)
         if any(layer_type in _RESIZERS for layer_type in type(module).__mro__):
             continue
@@ -163,7 +170,8 @@ def narrow_attributes(model: nn.Module, space: WidthSpace, widths: Widths) -> At
             if isinstance(value, int) and not isinstance(value, bool) and new.get(value, value) != value:
                 found.setdefault(path, {})[name] = new[value]
             elif isinstance(value, list | tuple) and value and all(type(item) is int for item in value):
-                changed: list[int] = [new.get(item, item) for item in value]  # pyright: ignore[reportAssignmentType]
+                sizes: list[int] = list(value)  # pyright: ignore[reportAssignmentType]
+                changed = lists.get(tuple(sizes)) or [new.get(item, item) for item in sizes]
                 if changed != list(value):
                     found.setdefault(path, {})[name] = changed
     return found
@@ -200,9 +208,10 @@ def narrow_module(
     old_shapes = {name: tuple(tensor.shape) for name, tensor in state_of(model).items()}
     for path, layer in narrow.named_modules():
         prefix = f"{path}." if path else ""
-        names = [name for name, _ in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))]
-        local = {name: tuple(shapes.get(prefix + name, old_shapes[prefix + name])) for name in names}
-        if any(local[name] != old_shapes[prefix + name] for name in names):
+        names = {name: name for name, _ in layer.named_parameters(recurse=False)}
+        names |= {name: name for name, _ in layer.named_buffers(recurse=False)} | _parametrized(layer)
+        local = {name: tuple(shapes.get(prefix + of, old_shapes[prefix + of])) for name, of in names.items()}
+        if any(local[name] != old_shapes[prefix + of] for name, of in names.items()):
             for layer_type in reversed(type(layer).__mro__):
                 if layer_type in _RESIZERS:
                     _RESIZERS[layer_type](layer, local)
@@ -211,6 +220,21 @@ def narrow_module(
         for name, value in values.items():
             setattr(module, name, tuple(value) if isinstance(getattr(module, name), tuple) else value)  # pyright: ignore[reportArgumentType]
     return narrow
+
+
+def _parametrized(layer: nn.Module) -> dict[str, str]:
+    """Return, for every tensor that `torch.nn.utils.parametrize` computes, the parameter that has its shape."""
+    from torch.nn.utils import parametrize
+
+    if not parametrize.is_parametrized(layer):
+        return {}
+    found = {}
+    for name, chain in layer.parametrizations.items():  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+        shape = getattr(layer, name).shape
+        for original, tensor in chain.named_parameters(recurse=False):
+            if tensor.shape == shape:
+                found[name] = f"parametrizations.{name}.{original}"
+    return found
 
 
 def load_slices(narrow: nn.Module, slices: Mapping[str, torch.Tensor]) -> None:

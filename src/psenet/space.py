@@ -51,6 +51,8 @@ class MaskPlan:
     A module of kind `"norm"` normalises over the batch: it folds the 0/1 mask of its channels into scale and shift and
     keeps statistics per subnet. One of kind `"masked_input"` reads its input across channels and gets it multiplied by
     the mask first. One of kind `"op"` computes a mean or a norm over channels, which must be over the kept ones.
+    One of kinds `"alone_in"` and `"alone_out"` (for its input's and its output's channels) computes its weights from
+    parameters and is run subnet by subnet.
     """
 
     module: str
@@ -70,6 +72,16 @@ class ConstantPlan:
 
 
 @dataclass(frozen=True)
+class ConstantListPlan:
+    """Sizes in the user's code that count parts of an axis: a list attribute of the module with them follows."""
+
+    module: str
+    values: tuple[int, ...]
+    """At full width."""
+    forms: tuple[LinearForm, ...]
+
+
+@dataclass(frozen=True)
 class Wiring:
     """How the model's tensors follow the widths: what slicing and the parallel pass need, and nobody else.
 
@@ -77,12 +89,14 @@ class Wiring:
         layouts: For every parameter and buffer with an elastic axis, the layout of each of its axes.
         masks: The modules the parallel pass must prepare.
         constants: The numbers that modules keep as attributes and that count channels.
+        constant_lists: The same for lists of numbers.
         ordered: The groups whose channels must keep their order.
     """
 
     layouts: Mapping[str, tuple[Layout, ...]]
     masks: tuple[MaskPlan, ...] = ()
     constants: tuple[ConstantPlan, ...] = ()
+    constant_lists: tuple[ConstantListPlan, ...] = ()
     ordered: frozenset[int] = frozenset()
 
 

@@ -189,6 +189,34 @@ def _batch_norm(
     return out.reshape(x.shape)
 
 
+def _variance(x: torch.Tensor, mask: torch.Tensor, dim: Any = None, **options: Any) -> torch.Tensor:
+    axes = _axes(x, dim)
+    keepdim = options.get("keepdim", False)
+    correction = options.get("correction", 1 if options.get("unbiased", True) else 0)
+    if not any(mask.shape[axis + 1] > 1 for axis in axes):
+        return torch.var(x, axes, correction=correction, keepdim=keepdim)
+    split, inner = _by_subnet(x, mask), [axis + 1 for axis in axes]
+    centred = (split - _kept_mean(split, mask, inner)) * mask
+    size = math.prod(split.shape[axis] for axis in inner) / math.prod(mask.shape[axis] for axis in inner)
+    count = mask.sum(inner, keepdim=True) * size
+    return _reduced(centred.square().sum(inner, keepdim=True) / (count - correction), x, axes, keepdim)
+
+
+def _deviation(x: torch.Tensor, mask: torch.Tensor, dim: Any = None, **options: Any) -> torch.Tensor:
+    return _variance(x, mask, dim, **options).sqrt()
+
+
+def _filled(function: Callable, value: float) -> Callable[..., torch.Tensor]:
+    """Return the function of a tensor in which dropped channels have a value that does not count."""
+
+    def masked(x: torch.Tensor, mask: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if any(isinstance(argument, torch.Tensor) for argument in (*args, *kwargs.values())):
+            return function(x, *args, **kwargs)  # elementwise, of two tensors
+        return function(_by_subnet(x, mask).masked_fill(mask == 0, value).reshape(x.shape), *args, **kwargs)
+
+    return masked
+
+
 _MASKED: dict[str, Callable[..., torch.Tensor]] = {
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,
@@ -196,4 +224,14 @@ _MASKED: dict[str, Callable[..., torch.Tensor]] = {
     "batch_norm": _batch_norm,
     "mean": _mean,
     "sum": _sum,
+    "var": _variance,
+    "std": _deviation,
+    "amax": _filled(torch.amax, -math.inf),
+    "amin": _filled(torch.amin, math.inf),
+    "max": _filled(torch.max, -math.inf),
+    "min": _filled(torch.min, math.inf),
+    "norm": _filled(torch.norm, 0.0),
+    "normalize": _filled(nn.functional.normalize, 0.0),
+    "linalg_norm": _filled(torch.linalg.norm, 0.0),
+    "linalg_vector_norm": _filled(torch.linalg.vector_norm, 0.0),
 }

@@ -1,12 +1,13 @@
 """One forward pass for n subnets: a narrow module at their ceiling, with per-subnet norms and masks.
 
 Sample j belongs to subnet j mod n, so a batch (B, C, ...) seen as (B / n, n * C, ...) has the subnets side by side on
-the channel axis, without a copy. Two hooks on our own copy of the module do the rest:
+the channel axis, without a copy. Hooks on our own copy of the module do the rest:
 
 - A batch norm runs on that view with n * C features: one native call, statistics per subnet. Its scale and shift are
   those of the layer, repeated n times and multiplied by the 0/1 masks, so dropped channels leave it as exact zeros.
 - A layer that reads across channels which are not zero by then (see `psenet.tracing`) gets its input masked.
 - A module that computes norms or means over channels computes them over the kept ones (see `psenet.parallel.ops`).
+- A layer that computes its weights is run subnet by subnet (see `psenet.parallel.alone`).
 
 Legend: n subnets, B batch, C channels at the ceiling.
 """
@@ -19,6 +20,7 @@ from torch import nn
 from torch.func import functional_call
 
 from psenet.inputs import Inputs, as_arguments, tensors_in
+from psenet.parallel.alone import AloneLayer
 from psenet.parallel.masks import MaskTable
 from psenet.parallel.ops import MASK, mask_ops
 from psenet.slicing import State, narrow_attributes, narrow_module, slice_state, sliced_shapes, state_of
@@ -53,10 +55,16 @@ class ParallelSkeleton:
                         shapes[name] = (shapes[name][0] * num_subnets,)
         attributes = narrow_attributes(model, space, ceiling)
         self.module = narrow_module(model, shapes, attributes=attributes, device="meta")
+        self._alone: dict[str, AloneLayer] = {}
         for plan, folded in zip(self._plans, self._folded, strict=True):
             layer = self.module.get_submodule(plan.module)
             if folded:
                 _prepare_norm(layer, num_subnets)
+            elif plan.kind == "alone_in":
+                self._alone[plan.module] = AloneLayer(model, space, plan.module, plan.axis)
+                layer.forward = self._alone[plan.module].forward
+            elif plan.kind == "alone_out":
+                pass  # said together with what it takes
             elif plan.kind == "masked_input":
                 layer.register_buffer(_MASK, torch.empty(0, dtype=torch.bool, device="meta"), persistent=False)
                 layer.register_forward_pre_hook(_mask_input(plan.axis, num_subnets))
@@ -76,9 +84,14 @@ class ParallelSkeleton:
         """
         masks = self._table.masks(widths, tensors_in(inputs)[0].device)
         tensors = slice_state(state, self._space, self.ceiling)
+        kept_by = {(plan.module, plan.kind): mask_nC for plan, mask_nC in zip(self._plans, masks, strict=True)}
+        for path, layer in self._alone.items():
+            layer.prepare(state, widths, kept_by[path, "alone_in"], kept_by[path, "alone_out"])
         for plan, folded, mask_nC in zip(self._plans, self._folded, masks, strict=True):
             if folded:
                 self._fold(tensors, plan.module, mask_nC)
+            elif plan.module in self._alone:
+                continue
             else:
                 name = _MASK if plan.kind == "masked_input" else MASK
                 tensors[f"{plan.module}.{name}" if plan.module else name] = mask_nC

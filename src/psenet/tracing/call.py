@@ -1,13 +1,13 @@
 """One op of the graph, as its rule sees it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import fx
 
-from psenet.tracing.facts import NO_CHANNEL, Constant, Freeze, MacTerm, MaskNeed, Value
+from psenet.tracing.facts import NO_CHANNEL, Constant, ConstantList, Freeze, MacTerm, MaskNeed, Value
 from psenet.tracing.nodes import is_expanded, itemsize_of, shape_of
 
 if TYPE_CHECKING:
@@ -105,9 +105,12 @@ class Call:
             self.freeze(alone, "meets channels that always stay")
 
     def freeze(self, ids: np.ndarray, reason: str) -> None:
-        """Never vary these channels; `reason` is completed with the op and the module."""
+        """Never vary these channels; `reason` is completed with the op and the module.
+
+        Does nothing where weights are computed from parameters: the layer that uses them says what may vary.
+        """
         ids = ids[ids != NO_CHANNEL]
-        if len(ids):
+        if len(ids) and self.depends_on_input:
             self.reading.freezes.append(Freeze(ids.reshape(-1), f"{reason} ({self.where()})"))
 
     def freeze_inputs(self, reason: str) -> None:
@@ -126,10 +129,12 @@ class Call:
         """Say which channels stand on the axes of a parameter or buffer; a second use ties to the first."""
         if argument is None:
             return
-        name = self.state_name(argument)
+        name = self.state_name(argument) or self.computed_from(argument)
         if name is None:
             self._follow_computed(argument, axes)
             return
+        if name != self.state_name(argument):
+            self._follow_gains(argument, axes[0])
         known = self.reading.axes.setdefault(name, [None] * len(axes))
         for axis, ids in enumerate(axes):
             before = known[axis]
@@ -137,6 +142,41 @@ class Call:
                 known[axis] = ids
             elif ids is not None:
                 self.tie(before, ids)
+
+    def computed_from(self, argument: Any) -> str | None:
+        """Return the parameter from which its own layer computes this weight: standardised, normalised, rescaled.
+
+        None if the weight is a parameter itself, or something else: made from activations, or from several.
+        """
+        if not isinstance(argument, fx.Node) or self.state_name(argument) or self._reader.is_activation(argument):
+            return None
+        same = [name for name in self._states_behind(argument) if self.reading.shapes[name] == shape_of(argument)]
+        return same[0] if len(same) == 1 else None
+
+    def _states_behind(self, argument: fx.Node) -> list[str]:
+        """Return the parameters and buffers of this layer from which a weight is computed."""
+        found: dict[str, None] = {}
+        nodes, seen = [argument], set()
+        while nodes:
+            node = nodes.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            name = self.state_name(node)
+            if name is not None and name.startswith(f"{self.module}."):
+                found[name] = None
+            nodes += node.all_input_nodes
+        return list(found)
+
+    def _follow_gains(self, argument: fx.Node, out_ids: np.ndarray | None) -> None:
+        """Tie the factors of a computed weight (one for each output channel) to the channels."""
+        for name in self._states_behind(argument):
+            long = [size for size in self.reading.shapes[name] if size > 1]
+            if out_ids is not None and long == [len(out_ids)]:
+                self.follow(
+                    self._reader.node_of(name),
+                    [out_ids if size > 1 else None for size in self.reading.shapes[name]],
+                )
 
     def _follow_computed(self, argument: Any, axes: list[np.ndarray | None]) -> None:
         value = self.value(argument)
@@ -174,6 +214,11 @@ class Call:
         if value > 1 and (ids != NO_CHANNEL).any():
             self.reading.constants.append(Constant(self.module, int(value), np.ascontiguousarray(ids).reshape(-1)))
 
+    def constants(self, values: Sequence[int], ids: Sequence[np.ndarray]) -> None:
+        """Say that a list of numbers in the user's code counts these parts of the channels, one each."""
+        flat = tuple(np.ascontiguousarray(part).reshape(-1) for part in ids)
+        self.reading.constant_lists.append(ConstantList(self.module, tuple(map(int, values)), flat))
+
     def keep_order(self, ids: np.ndarray) -> None:
         """Say that neighbours matter: these channels may be dropped from the end, but not be sorted."""
         self.reading.ordered.append(ids)
@@ -187,6 +232,11 @@ class Call:
         """Say that this layer mixes the channels of its input, so dropped ones must be zero there."""
         if not value.zero and value.tracked():
             self.reading.masks.append(MaskNeed(self.module, ids, axis, "masked_input"))
+
+    def runs_alone(self, in_ids: np.ndarray, out_ids: np.ndarray, axis: int) -> None:
+        """Say that the parallel pass must run this layer subnet by subnet: its weights depend on what is kept."""
+        self.reading.masks.append(MaskNeed(self.module, in_ids, axis, "alone_in"))
+        self.reading.masks.append(MaskNeed(self.module, out_ids, axis, "alone_out"))
 
     def needs_mask(self, ids: np.ndarray, axis: int, kind: str) -> None:
         """Say that the parallel pass must prepare this module; see `psenet.space.MaskPlan` for the kinds."""

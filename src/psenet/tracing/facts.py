@@ -22,6 +22,7 @@ class Value:
         zero: In the parallel pass, dropped channels of this tensor are exactly zero.
         itemsize: Bytes per element.
         state: The parameter's or buffer's name, if the tensor is one itself.
+        expanded: Axes along which the tensor is one slice repeated.
     """
 
     ids: np.ndarray
@@ -29,6 +30,7 @@ class Value:
     zero: bool
     itemsize: int = 4
     state: str | None = None
+    expanded: tuple[int, ...] = ()
 
     def axis_ids(self, axis: int) -> np.ndarray | None:
         """Return the ids along `axis`, shape (size,), or None if another axis carries channels."""
@@ -72,6 +74,15 @@ class Constant:
 
 
 @dataclass(frozen=True)
+class ConstantList:
+    """Sizes in the user's code that count the channels of neighbouring parts: a list of them follows as a whole."""
+
+    module: str
+    values: tuple[int, ...]
+    ids: tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True)
 class Freeze:
     """Ids that must not vary, and why."""
 
@@ -97,6 +108,7 @@ class Reading:
     macs: list[MacTerm] = field(default_factory=list)
     masks: list[MaskNeed] = field(default_factory=list)
     constants: list[Constant] = field(default_factory=list)
+    constant_lists: list[ConstantList] = field(default_factory=list)
     ordered: list[np.ndarray] = field(default_factory=list)
     """Ids whose order matters: they must not be sorted by importance."""
     moments: list[list[Value]] = field(default_factory=list)

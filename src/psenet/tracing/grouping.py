@@ -15,7 +15,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from psenet.cost import LinearForm, PeakCost, ProductCost
-from psenet.space import ChannelGroup, ConstantPlan, Frozen, MaskPlan, SpaceCosts, WidthSpace, Wiring
+from psenet.space import ChannelGroup, ConstantListPlan, ConstantPlan, Frozen, MaskPlan, SpaceCosts, WidthSpace, Wiring
 from psenet.tracing.facts import NO_CHANNEL, MaskNeed, Reading, Value
 from psenet.tracing.layout import Layout, Run, frozen_layout, linear_form
 
@@ -64,22 +64,29 @@ def build_space(
         )
         for name, axes in reading.axes.items()
     }
+    # Statistics over the batch are per subnet, whether or not anything varies.
+    needed = {need.module for need in reading.masks if need.kind == "norm" or grouping.elastic(need.ids)}
     masks = tuple(
         MaskPlan(need.module, grouping.layout(need.ids), need.axis, need.kind)
         for need in _one_per_module(reading.masks)
-        if need.kind == "norm" or grouping.elastic(need.ids)  # statistics over the batch are per subnet anyway
+        if need.module in needed
     )
     constants = tuple(
         ConstantPlan(constant.module, constant.value, grouping.count_form(constant.ids, 1))
         for constant in reading.constants
         if grouping.elastic(constant.ids)
     )
+    constant_lists = tuple(
+        ConstantListPlan(found.module, found.values, tuple(grouping.count_form(ids, 1) for ids in found.ids))
+        for found in reading.constant_lists
+        if any(grouping.elastic(ids) for ids in found.ids)
+    )
     ordered = frozenset(group for ids in reading.ordered for group in grouping.groups_on(ids))
     return WidthSpace(
         groups,
         _costs(reading, grouping, layouts, batch_size),
         frozen=grouping.frozen_layers(),
-        wiring=Wiring(layouts, masks, constants, ordered),
+        wiring=Wiring(layouts, masks, constants, constant_lists, ordered),
     )
 
 

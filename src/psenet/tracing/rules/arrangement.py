@@ -5,6 +5,8 @@ that counts channels is reported (`Call.constant`): a narrow module's attribute 
 tells whether the code works.
 """
 
+from dataclasses import replace
+
 import numpy as np
 
 from psenet.tracing.call import Call
@@ -29,9 +31,11 @@ def reshape(call: Call) -> Value:
     value, shape = call.value(call.node.args[0]), call.shape
     if not value.tracked():
         return call.untracked()
-    if value.state is not None:
-        ids = np.broadcast_to(value.ids, value.shape).reshape(shape)
-        return call.output(_compact(ids), zero=value.zero)
+    if not call.depends_on_input:
+        ids = _compact(np.broadcast_to(value.ids, value.shape).reshape(shape))
+        for axis in np.flatnonzero(np.array(ids.shape) > 1).tolist():
+            call.constant(shape[axis], ids.reshape(-1))
+        return call.output(ids, zero=value.zero)
     if not shape or not value.shape or shape[0] != value.shape[0] or value.ids.shape[0] != 1:
         call.freeze_inputs("moves the batch axis")
         return call.untracked()
@@ -61,8 +65,11 @@ def permute(call: Call) -> Value:
 @rule("aten.expand.default", "aten.expand_as.default")
 def expand(call: Call) -> Value:
     value = call.value(call["self"])
-    ids = value.ids.reshape([1] * (len(call.shape) - value.ids.ndim) + list(value.ids.shape))
-    return call.output(ids, zero=value.zero)
+    more = len(call.shape) - len(value.shape)
+    ids = value.ids.reshape([1] * more + list(value.ids.shape))
+    before = [1] * more + list(value.shape)
+    expanded = tuple(axis for axis, size in enumerate(call.shape) if before[axis] == 1 and size > 1)
+    return replace(call.output(ids, zero=value.zero), expanded=expanded)
 
 
 @rule("aten.cat.default")
@@ -123,6 +130,8 @@ def split(call: Call) -> tuple[Value, ...]:
     pieces = [
         _part(call, value, axis, end - size, end, 1, constants=(size,)) for end, size in zip(ends, sizes, strict=True)
     ]
+    if value.ids.shape[axis] > 1:
+        call.constants(sizes, pieces)
     if value.ids.shape[axis] > 1 and len(set(sizes)) == 1:  # equal parts stay equal
         for piece in pieces[1:]:
             call.tie(pieces[0], piece)
@@ -135,7 +144,7 @@ def _part(
     call: Call, value: Value, axis: int, first: int, stop: int, step: int, constants: tuple[int, ...] | None = None
 ) -> np.ndarray:
     """Return the ids of a part of an axis."""
-    if axis == 0 and value.state is None and (first, stop, step) != (0, value.shape[0], 1):
+    if axis == 0 and call.depends_on_input and (first, stop, step) != (0, value.shape[0], 1):
         call.freeze_inputs("cuts the batch axis")
         return np.full([1] * len(value.shape), NO_CHANNEL, np.int64)
     if value.ids.shape[axis] == 1:

@@ -58,6 +58,13 @@ def multiply(call: Call) -> Value:
     return call.output(meet(call, a, b), zero=_zero_at(a) or _zero_at(b))
 
 
+@rule("aten.addcmul.default")
+def add_product(call: Call) -> Value:
+    start, a, b = (call.value(call[name]) for name in ("self", "tensor1", "tensor2"))
+    product = call.output(meet(call, a, b), zero=_zero_at(a) or _zero_at(b))
+    return call.output(meet(call, start, product), zero=_zero_at(start) and product.zero)
+
+
 @rule("aten.div.Tensor")
 def divide(call: Call) -> Value:
     a, b = call.value(call["self"]), call.value(call["other"])
@@ -98,10 +105,14 @@ def meet(call: Call, a: Value, b: Value) -> np.ndarray:
     a, b = call.claim(a, b), call.claim(b, a)
     rank = len(call.shape)
     a_ids, b_ids = (value.ids.reshape([1] * (rank - value.ids.ndim) + list(value.ids.shape)) for value in (a, b))
-    for ids, other, shape in ((a_ids, b_ids, b.shape), (b_ids, a_ids, a.shape)):
-        sizes = [1] * (rank - len(shape)) + list(shape)
+    for ids, other, value in ((a_ids, b_ids, b), (b_ids, a_ids, a)):
+        more = rank - len(value.shape)
+        sizes = [1] * more + list(value.shape)
         for axis in range(rank):
             if ids.shape[axis] > 1 and other.shape[axis] == 1 and sizes[axis] > 1:
+                if axis - more in value.expanded:  # the same for every channel, however many there are
+                    call.constant(sizes[axis], ids.reshape(-1))
+                    continue
                 call.freeze(ids, "meets a tensor of fixed size on its channel axis")
                 call.freeze(other, "meets a tensor of fixed size on its channel axis")
                 return np.full([1] * rank, NO_CHANNEL, np.int64)

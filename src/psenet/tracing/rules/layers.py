@@ -30,18 +30,20 @@ def convolution(call: Call) -> Value:
         out_ids = call.fresh(weight_shape[0])
         call.follow(call["weight"], [out_ids, in_ids, *rest])
         call.count_macs(scale, in_ids, out_ids, out_ids)
-        call.reads_across(value, in_ids, 1)
+        _read(call, value, in_ids, out_ids, 1)
         zero = False
     elif narrows_within_groups(groups, weight_shape[1]):
         in_ids, out_ids = _alike(call, in_ids, groups), _alike(call, call.fresh(weight_shape[0]), groups)
         call.follow(call["weight"], [out_ids, in_ids[: weight_shape[1]], *rest])
         call.count_macs(scale, in_ids[: weight_shape[1]], out_ids, out_ids)
-        call.reads_across(value, in_ids, 1)
+        _read(call, value, in_ids, out_ids, 1)
         zero = False
     else:
         out_ids = _grouped(call, in_ids, groups, weight_shape[1], weight_shape[0] // groups)
         call.follow(call["weight"], [out_ids, None, *rest])
         call.count_macs(scale * weight_shape[1], None, out_ids, out_ids)
+        if call.computed_from(call["weight"]):
+            call.runs_alone(in_ids, out_ids, 1)
         # A dropped conv-group reads only dropped channels: zero in, zero out, unless a bias adds something.
         zero = value.zero and call["bias"] is None
     call.follow(call["bias"], [out_ids])
@@ -62,7 +64,7 @@ def transposed_convolution(call: Call) -> Value:
         out_ids = call.fresh(weight_shape[1])
         call.follow(call["weight"], [in_ids, out_ids, *rest])
         call.count_macs(scale, in_ids, out_ids, out_ids)
-        call.reads_across(value, in_ids, 1)
+        _read(call, value, in_ids, out_ids, 1)
         zero = False
     else:
         out_ids = _grouped(call, in_ids, groups, weight_shape[0] // groups, weight_shape[1])
@@ -84,8 +86,16 @@ def linear(call: Call) -> Value:
     call.follow(call["weight"], [out_ids, in_ids])
     call.follow(call["bias"], [out_ids])
     call.count_macs(int(np.prod(call.shape[1:-1])), in_ids, out_ids, out_ids)
-    call.reads_across(value, in_ids, -1)
+    _read(call, value, in_ids, out_ids, -1)
     return call.along(-1, out_ids, zero=False)
+
+
+def _read(call: Call, value: Value, in_ids: np.ndarray, out_ids: np.ndarray, axis: int) -> None:
+    """A layer mixes its input channels. One that computes its weights from a parameter does that for what is kept."""  # noqa: D401
+    if call.computed_from(call["weight"]):
+        call.runs_alone(in_ids, out_ids, axis)
+    else:
+        call.reads_across(value, in_ids, axis)
 
 
 def _alike(call: Call, ids: np.ndarray, groups: int) -> np.ndarray:

@@ -39,15 +39,34 @@ def pool_with_indices(call: Call) -> tuple[Value, ...]:
     return value, replace(value, itemsize=itemsize)
 
 
-@rule("aten.mean.dim", "aten.sum.dim_IntList", "aten.amax.default", "aten.amin.default")
+_REDUCTIONS = (
+    *("aten.mean.dim", "aten.sum.dim_IntList", "aten.amax.default", "aten.amin.default"),
+    *("aten.var.dim", "aten.var.correction", "aten.std.dim", "aten.std.correction", "aten.linalg_vector_norm.default"),
+)
+
+
+@rule(*_REDUCTIONS)
 def reduce(call: Call) -> Value:
+    return _reduced(call)
+
+
+@rule("aten.max.dim", "aten.min.dim")
+def extreme(call: Call) -> tuple[Value, ...]:
+    value = _reduced(call)
+    (_, (_, itemsize)) = call.results()
+    if not value.tracked() and any(user.args[1] == 1 and user.users for user in call.node.users):
+        call.freeze_inputs("says which channel is the largest")  # and counts the channels for that
+    return value, replace(value, itemsize=itemsize)
+
+
+def _reduced(call: Call) -> Value:
     value, given = call.value(call["self"]), call["dim"]
+    given = [given] if isinstance(given, int) else given
     rank = len(value.shape)
     axes = {axis % rank for axis in (range(rank) if given in (None, []) else given)}
     varying = [axis for axis in axes if value.ids.shape[axis] > 1]
     along = value.axis_ids(varying[0]) if varying else None
-    if along is not None and call.op in ("aten.mean.dim", "aten.sum.dim_IntList"):
-        # The mean of the kept channels alone; a sum needs no more than zeros.
+    if along is not None:  # of the kept channels alone
         call.needs_mask(along, varying[0] - rank, "op")
         return call.untracked()
     if varying:
