@@ -1,50 +1,60 @@
 """Which models psenet takes: trace, widths, equality and export over torchvision's and timm's CNNs.
 
-    python benchmarks/zoo.py                         all of them, about two hours on two cores
+    python benchmarks/zoo.py                         all of them, about two hours on one core
     python benchmarks/zoo.py --only timm:resnet18 torchvision:vgg11
 
-The list follows a rule. From torchvision: every classification model. From timm: one model of every
-family, which is a module of timm and a name up to its first digit; the one with the fewest parameters, below 120M. Both
-only where convolutions wider than one pixel stand in four layers or more and attention (products of two activations)
-does under a tenth of the MACs.
+The list follows a rule. From torchvision: every classification and segmentation model, and of the detectors what runs
+before boxes are decoded (backbone and dense heads). From timm: one model of every family, which is a module of timm and
+a name up to its first digit; the one with the fewest parameters, below 60M. Only models where convolutions wider than
+one pixel stand in four layers or more. Those in which attention (products of two activations) does over 0.5 % of the
+MACs are *hybrids*, listed by themselves; where it does over a tenth, they are no convolutional networks and left out.
 
 Every finished model is kept in benchmarks/results/zoo.jsonl, so an interrupted run continues; at the end the table is
-written to docs/zoo.md. With Torch-Pruning installed (`pip install torch-pruning`), it is asked the same.
+written to docs/zoo.md. With Torch-Pruning installed (`pip install torch-pruning`), it is asked the same. Everything
+runs on one thread, and seconds are those of the processor.
 """
 
 import argparse
 import collections
+import functools
 import json
 import re
+import signal
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import psenet
 from evidence import RESULTS, write_result
 from psenet.export import export_model
-from psenet.models import build_model
 from psenet.space import WidthSpace
 
 SIZES = (96, 128, 160, 224, 256, 288, 299, 384)
-LARGEST = 120e6
+LARGEST = 60e6
+PATIENCE = 300
+"""Seconds that Torch-Pruning may take for a model."""
 TABLE = Path(__file__).parent.parent / "docs" / "zoo.md"
+NUM_CLASSES = 10
 _PRODUCTS = ("bmm", "baddbmm", "attention")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="MODEL", help="these models instead of the list")
+    parser.add_argument("--workers", type=int, default=1, help="models studied at a time")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     if arguments.only:
@@ -53,13 +63,15 @@ def main() -> None:
         return
     log = RESULTS / "zoo.jsonl"
     done = {record["model"]: record for record in _read(log)}
-    for name in [*torchvision_models(), *timm_models()]:
-        if name not in done:
-            done[name] = study(name)
+    names = [*torchvision_models(), *timm_models()]
+    missing = sorted((name for name in names if name not in done), key=_num_parameters)
+    with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
+        for record in pool.map(study, missing):
+            done[record["model"]] = record
             with log.open("a") as file:
-                file.write(json.dumps(done[name]) + "\n")
-            print(line(done[name]), flush=True)
-    records = [record for record in done.values() if record["is_cnn"]]
+                file.write(json.dumps(record) + "\n")
+            print(line(record), flush=True)
+    records = [done[name] for name in names if done[name]["is_cnn"]]
     print(f"figures: {write_result('zoo', {'summary': summary(records), 'models': records})}")
     TABLE.parent.mkdir(exist_ok=True)
     TABLE.write_text(page(records))
@@ -69,10 +81,12 @@ def main() -> None:
 
 
 def torchvision_models() -> list[str]:
-    """Return every classification model of torchvision."""
+    """Return every image model of torchvision with convolutions."""
     from torchvision import models
 
-    return [f"torchvision:{name}" for name in models.list_models(module=models)]
+    modules = (models, models.segmentation, models.detection)
+    names = [f"torchvision:{name}" for module in modules for name in models.list_models(module=module)]
+    return [name for name in names if _num_parameters(name)]
 
 
 def timm_models() -> list[str]:
@@ -85,21 +99,48 @@ def timm_models() -> list[str]:
         families[_model_to_module[name], re.sub(r"\d.*", "", name).strip("_")].append(name)
     smallest = []
     for names in families.values():
-        sizes = {name: size for name in names if (size := _num_parameters(name)) is not None}
+        sizes = {name: size for name in names if (size := _num_parameters(f"timm:{name}"))}
         if sizes and min(sizes.values()) < LARGEST:
             smallest.append(f"timm:{min(sizes, key=lambda name: sizes[name])}")
     return smallest
 
 
-def _num_parameters(name: str) -> int | None:
-    """Return a model's parameters, None where it is no CNN or cannot be built without its weights."""
-    import timm
-
+@functools.cache
+def _num_parameters(name: str) -> int:
+    """Return a model's parameters, 0 where it is no CNN or cannot be built without its weights."""
     with suppress(Exception), torch.device("meta"):  # any model may refuse the meta device in its own way
-        model = timm.create_model(name)
+        model = build(name)
         wide = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d) and max(layer.kernel_size) > 1]
-        return sum(parameter.numel() for parameter in model.parameters()) if len(wide) >= 4 else None
-    return None
+        return sum(parameter.numel() for parameter in model.parameters()) if len(wide) >= 4 else 0
+    return 0
+
+
+def build(name: str) -> nn.Module:
+    """Build a model of the list, without weights."""
+    source, _, rest = name.partition(":")
+    if source == "timm":
+        import timm
+
+        return timm.create_model(rest, num_classes=NUM_CLASSES).eval()
+    from torchvision import models
+
+    for module in (models.segmentation, models.detection):
+        if rest in models.list_models(module=module):
+            model = models.get_model(rest, weights=None, weights_backbone=None, num_classes=NUM_CLASSES)
+            return (model if module is models.segmentation else _Dense(model)).eval()
+    return models.get_model(rest, weights=None, num_classes=NUM_CLASSES).eval()
+
+
+class _Dense(nn.Module):
+    """What of a detector runs before boxes are decoded, which depends on the data: its backbone and dense heads."""
+
+    def __init__(self, detector: Any) -> None:
+        super().__init__()
+        self.backbone = detector.backbone
+        self.head = detector.rpn.head if hasattr(detector, "rpn") else detector.head
+
+    def forward(self, x: torch.Tensor) -> object:
+        return self.head(list(self.backbone(x).values()))
 
 
 # One model ------------------------------------------------------------------------------------------------------------
@@ -107,23 +148,27 @@ def _num_parameters(name: str) -> int | None:
 
 def study(name: str) -> dict[str, Any]:
     """Return everything that is asked of one model."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
     record: dict[str, Any] = {"model": name, "is_cnn": True}
     torch.manual_seed(0)
     try:
-        model = build_model(name, num_classes=10).eval()
+        model = build(name)
         x, flops = _input_for(model)
     except Exception as error:  # models raise anything; those that cannot run here are not in the list
         return record | {"is_cnn": False, "error": _say(error)}
     record |= {"image_size": x.shape[-1], "macs": sum(flops.values()) // 2}
     products = sum(count for op, count in flops.items() if any(word in op for word in _PRODUCTS))
+    record["is_hybrid"] = products > 0.005 * sum(flops.values())
     if products > 0.1 * sum(flops.values()):
         return record | {"is_cnn": False, "error": "attention does over a tenth of the MACs"}
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         space = psenet.trace(model, x)
     except Exception as error:  # what the benchmark counts
-        return record | {"error": _say(error), "seconds": round(time.perf_counter() - start, 2)}
-    record |= {"seconds": round(time.perf_counter() - start, 2), "groups": len(space.groups)}
+        other = _torch_pruning(name, x)
+        return record | {"error": _say(error), "seconds": round(time.process_time() - start, 2), "torch_pruning": other}
+    record |= {"seconds": round(time.process_time() - start, 2), "groups": len(space.groups)}
     record |= {"elastic_share": _elastic_share(space), "smallest_share": _share(space), "frozen": _reasons(space)}
     for key, check in (("difference", _difference), ("onnx", _onnx)):
         try:
@@ -138,7 +183,8 @@ def _input_for(model: nn.Module) -> tuple[torch.Tensor, dict[str, int]]:
     for size in SIZES:
         x = torch.randn(1, 3, size, size)
         try:
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            # The counter knows attention only as the products that it is made of.
+            with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), FlopCounterMode(display=False) as counter:
                 model(x)
             return x, {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
         except (RuntimeError, ValueError, AssertionError, IndexError):
@@ -200,8 +246,14 @@ def _torch_pruning(name: str, x: torch.Tensor) -> dict[str, Any] | str:
         import torch_pruning  # pyright: ignore[reportMissingImports]
     except ImportError:
         return "not installed"
-    model = build_model(name, num_classes=10).eval()
-    heads = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer.out_features == 10]
+    model = build(name)
+    heads = [
+        layer
+        for layer in model.modules()
+        if NUM_CLASSES in (getattr(layer, "out_features", 0), getattr(layer, "out_channels", 0))
+    ]
+    signal.signal(signal.SIGALRM, _out_of_patience)
+    signal.alarm(PATIENCE)
     try:
         before, _ = torch_pruning.utils.count_ops_and_params(model, x)
         importance = torch_pruning.importance.MagnitudeImportance(p=2)
@@ -213,7 +265,13 @@ def _torch_pruning(name: str, x: torch.Tensor) -> dict[str, Any] | str:
         after, _ = torch_pruning.utils.count_ops_and_params(model, x)
     except Exception as error:  # what the benchmark counts
         return _say(error)
+    finally:
+        signal.alarm(0)
     return {"smallest_share": round(after / before, 4)}
+
+
+def _out_of_patience(*_: object) -> None:
+    raise TimeoutError(f"not done in {PATIENCE} s")
 
 
 def _say(error: Exception) -> str:

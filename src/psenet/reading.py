@@ -80,10 +80,14 @@ def trace(
         step = divisor if divisor % unit == 0 else unit * -(-divisor // unit)
         return tuple(width for width in range(step, size, step) if width / size >= min_ratio) + (size,)
 
+    built: dict[frozenset[tuple[str, str]], WidthSpace] = {}
+
     def build(frozen_groups: dict[str, str]) -> WidthSpace:
-        return build_space(
-            reading, choices, frozen_groups={**left_out, **frozen_groups}, batch_size=num_samples(example_input)
-        )
+        frozen = {**left_out, **frozen_groups}
+        key = frozenset(frozen.items())
+        if key not in built:  # asked for again and again where nothing is broken
+            built[key] = build_space(reading, choices, frozen_groups=frozen, batch_size=num_samples(example_input))
+        return built[key]
 
     left_out: dict[str, str] = {}
     left_out = _left_out(build({}), include, exclude)
