@@ -169,7 +169,11 @@ def study(name: str) -> dict[str, Any]:
         other = _torch_pruning(name, x)
         return record | {"error": _say(error), "seconds": round(time.process_time() - start, 2), "torch_pruning": other}
     record |= {"seconds": round(time.process_time() - start, 2), "groups": len(space.groups)}
-    record |= {"elastic_share": _elastic_share(space), "smallest_share": _share(space), "frozen": _reasons(space)}
+    record |= {
+        "elastic_share": round(space.elastic_share(), 4),
+        "smallest_share": _share(space),
+        "frozen": _reasons(space),
+    }
     for key, check in (("difference", _difference), ("onnx", _onnx)):
         try:
             record[key] = check(model, space, x)
@@ -191,14 +195,6 @@ def _input_for(model: nn.Module) -> tuple[torch.Tensor, dict[str, int]]:
             if size == SIZES[-1]:
                 raise
     raise AssertionError("unreachable")
-
-
-def _elastic_share(space: WidthSpace) -> float:
-    """Return the share of the MACs of which at least one side can vary."""
-    full = np.array([[group.size // group.unit for group in space.groups]], dtype=np.float64)
-    fewer = np.array([[group.choices[0] // group.unit for group in space.groups]], dtype=np.float64)
-    before, after = space.costs.macs.by_term(full)[0], space.costs.macs.by_term(fewer)[0]
-    return round(float(before[after < before].sum() / before.sum()), 4)
 
 
 def _share(space: WidthSpace) -> float:

@@ -32,6 +32,10 @@ class PruneConfig:
     """Widths are multiples of this many channels."""
     min_ratio: float = 0.25
     """The smallest width as a share of a group's size."""
+    exclude: tuple[str, ...] = ()
+    """Patterns of layers that must not vary; see `psenet.trace`."""
+    opaque: tuple[str, ...] = ()
+    """Patterns of modules not to read at all; see `psenet.trace`."""
     seed: int = 0
     """Of everything random."""
 

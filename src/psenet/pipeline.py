@@ -26,6 +26,7 @@ from psenet.evolution import Evaluation, SearchProgress, search
 from psenet.export import ExportReport, export_model
 from psenet.history import History
 from psenet.importance import order_channels
+from psenet.inputs import Inputs, num_samples, tensors_in
 from psenet.latency import measure_latency
 from psenet.prior import Prior
 from psenet.progress import progress_bar
@@ -74,7 +75,7 @@ class Loaders:
 
 def prune(
     model: nn.Module,
-    example_input: torch.Tensor,
+    example_input: Inputs,
     train_loader: DataLoader,
     val_loader: DataLoader,
     *,
@@ -92,8 +93,8 @@ def prune(
 
     Args:
         model: Any traceable CNN, logits (B, classes); it is not changed.
-        example_input: One sample, shape (1, ...).
-        train_loader: Batches (x, labels) to train on.
+        example_input: One sample, shape (1, ...), or a tuple of the model's arguments with one sample each.
+        train_loader: Batches (x, labels) to train on; x may be a tuple or list of arguments.
         val_loader: Batches to choose candidates by.
         budget: What the pruned net may cost.
         test_loader: Batches for the final figures; nothing else sees them. None: the figures are on `val_loader`, which
@@ -119,12 +120,19 @@ def prune(
     for name, loader in given.items():
         if loader is not None and len(loader) == 0:
             raise InputError(f"the {name} loader has no batches")
-    space = trace(model, example_input, divisor=config.divisor, min_ratio=config.min_ratio)
+    space = trace(
+        model,
+        example_input,
+        divisor=config.divisor,
+        min_ratio=config.min_ratio,
+        exclude=config.exclude or None,
+        opaque=config.opaque,
+    )
     limits = budget.resolve(space)
     config.check(space)
     recipe = {
         **names,
-        "input_shape": tuple(example_input.shape[1:]),
+        "input_shape": _shape_of(example_input),
         "batch_size": train_loader.batch_size,
         "batches": {name: None if loader is None else len(loader) for name, loader in given.items()},
         "budget": _plain_budget(budget),
@@ -168,7 +176,7 @@ class _Run:
     """The stages in order. Each finds its finished result in the run directory, or makes it."""
 
     model: nn.Module
-    example: torch.Tensor
+    example: Inputs
     loaders: Loaders
     budget: Budget
     limits: Limits
@@ -436,11 +444,11 @@ class _Run:
         }
 
     def _details(self, widths: Widths) -> dict[str, object]:
-        shape = tuple(self.example.shape[1:])
+        shape = _shape_of(self.example) if isinstance(self.example, torch.Tensor) else None
         return {
             "model": self.names["model"],
             "input_shape": shape,
-            "in_channels": shape[0],
+            "in_channels": shape and shape[0],
             "attributes": narrow_attributes(self.model, self.space, widths),
         }
 
@@ -459,8 +467,14 @@ def _plain_budget(budget: Budget) -> dict[str, int | str]:
     return {name: value for name, value in vars(budget).items() if value is not None}
 
 
+def _shape_of(example: Inputs) -> Any:
+    """Return the shape of one sample, or the shapes of all its tensors."""
+    shapes = [tuple(tensor.shape[1:]) for tensor in tensors_in(example)]
+    return shapes[0] if isinstance(example, torch.Tensor) else shapes
+
+
 def _num_images(batches: Sequence[Any]) -> int:
-    return sum(len(batch[0]) for batch in batches)
+    return sum(num_samples(batch[0]) for batch in batches)
 
 
 def _batches(calibration: DataLoader | None, train: DataLoader) -> list[Any]:

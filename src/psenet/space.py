@@ -147,6 +147,12 @@ class WidthSpace:
         text = repr([(group.name, group.size, group.choices) for group in self.groups])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    def elastic_share(self) -> float:
+        """Return the share of the full model's MACs, 0 to 1, of which at least one side can vary."""
+        full, least = (np.array([self.units(widths)], dtype=np.float64) for widths in (self.full(), self.smallest()))
+        before_T, after_T = self.costs.macs.by_term(full)[0], self.costs.macs.by_term(least)[0]
+        return float(before_T[after_T < before_T].sum() / max(before_T.sum(), 1.0))
+
     # Settings -----------------------------------------------------------------------------------------------------
 
     def full(self) -> Widths:

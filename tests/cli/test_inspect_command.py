@@ -6,7 +6,7 @@ from commandline import psenet, row
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from psenet.cli.inspect import say_choices
+from psenet.cli.inspect import say_cause, say_choices
 from psenet.models import SmallResNet
 
 DIGITS = ("psenet.models:digits_resnet", "--in-channels", "1", "--image-size", "8", "--num-classes", "10")
@@ -71,7 +71,7 @@ def test_reachable_costs_are_those_of_the_model_at_its_ends():
 def test_divisor_and_least_ratio_decide_the_choices():
     ended = psenet("inspect", *DIGITS, "--divisor", "16", "--min-ratio", "0.6")
     # Nothing but 32 itself is a multiple of 16 and at least 19.2.
-    assert row(ended.out, "conv1")[1] == "no smaller width is allowed than 32"
+    assert row(ended.out, "conv1 and 4 more")[1] == "no smaller width is allowed"
     assert row(ended.out, "stages.1.0.conv1")[:2] == ["64", "48, 64"]
 
 
@@ -83,6 +83,42 @@ def test_the_user_s_own_model_is_read_from_the_current_directory(user_folder: Pa
     # The linear layer behind it sees each of the 20 channels at 16 places.
     assert row(ended.out, "2") == ["20", "8, 12, 16, 20", "2"]
     assert row(ended.out, "5")[1] == "the model's output"
+
+
+def test_what_is_excluded_or_opaque_does_not_vary_and_is_listed_by_its_reason():
+    ended = psenet("inspect", *DIGITS, "--exclude", "stages.0.0.conv1", "--opaque", "stages.1")
+    assert (ended.code, ended.err) == (0, "")
+    assert row(ended.out, "stages.0.0.conv1")[1] == "excluded"
+    assert row(ended.out, "stages.1")[1] == "comes out of an opaque module (psenet.opaque.default)"
+    # The stem's channels go into the opaque stage, so that one group is left.
+    assert row(ended.out, "stages.0.1.conv1")[0] == "32"
+    assert "1 channel groups of" in ended.out
+
+
+def test_layers_are_asked_for_by_a_pattern():
+    ended = psenet("inspect", *DIGITS, "--why", "*c*1", "--exclude", "stages.0.0.conv1")
+    assert (ended.code, ended.err) == (0, "")
+    assert row(ended.out, "stages.0.0.conv1") == ["nothing", "excluded"]
+    assert row(ended.out, "stages.0.1.conv1") == ["stages.0.1.conv1: 8, 16, 24, 32", ""]
+    assert "bn1" not in ended.out
+
+
+def test_a_pattern_without_a_layer_is_refused():
+    ended = psenet("inspect", *DIGITS, "--why", "nothing*")
+    assert ended.code == 2
+    assert "--why: no layer with channels matches 'nothing*'" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        ("no smaller width is allowed than 32", "no smaller width is allowed"),
+        ("no rule for this op (aten.sort.default in a.b.0)", "no rule for this op (aten.sort.default)"),
+        ("the model's output", "the model's output"),
+    ],
+)
+def test_a_cause_is_a_reason_without_its_place(reason: str, said: str):
+    assert say_cause(reason) == said
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,8 @@ def prune(
     num_subnets: Annotated[int, typer.Option(min=1, help="Subnets per parallel step.")] = 8,
     divisor: Annotated[int, typer.Option(min=1, help="Widths are multiples of this.")] = 8,
     min_ratio: Annotated[float, typer.Option(help="Smallest width as a share of a group's size.")] = 0.25,
+    exclude: Annotated[list[str] | None, typer.Option(help="Layers that must not vary; repeatable.")] = None,
+    opaque: Annotated[list[str] | None, typer.Option(help="Modules not to read at all; repeatable.")] = None,
     max_train_images: Annotated[int | None, typer.Option(min=1, help="Train on so many images only.")] = None,
     skip_unreadable: Annotated[bool, typer.Option("--skip-unreadable", help="Leave broken images out.")] = False,
     mixed_precision: Annotated[str, typer.Option(help="no, fp16 or bf16.")] = "no",
@@ -78,6 +80,8 @@ def prune(
         num_evaluations=evaluations,
         divisor=divisor,
         min_ratio=min_ratio,
+        exclude=tuple(exclude or ()),
+        opaque=tuple(opaque or ()),
         seed=seed,
     )
     console.print(f"loading {data}", highlight=False)
