@@ -41,7 +41,11 @@ class PruneConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as plain JSON values."""
-        plain = {name: value for name, value in vars(self).items() if not isinstance(value, TrainConfig)}
+        plain = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in vars(self).items()
+            if not isinstance(value, TrainConfig)
+        }
         return plain | {name: value.as_dict() for name, value in vars(self).items() if isinstance(value, TrainConfig)}
 
     def check(self, space: WidthSpace) -> None:
