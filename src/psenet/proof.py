@@ -51,7 +51,7 @@ def broken_groups(
     def prove(some: Sequence[str]) -> None:
         rest = {name: reason for name, reason in reasons.items() if name not in some}
         space = build(rest)
-        subnets = [space.smallest(), space.sample(rng)]
+        subnets = [space.smallest(), space.sample(rng), _staggered(space)]
         failure = _failure(lively, space, example, subnets)
         if failure is None and also_in_training:
             failure = _failure_in_training(lively, space, example, subnets)
@@ -69,21 +69,22 @@ def broken_groups(
     return reasons
 
 
+def _staggered(space: WidthSpace) -> Widths:
+    """Return widths that differ between groups of one kind, so that a number that stands for several is found out."""
+    seen: dict[tuple[int, ...], int] = {}
+    widths = {}
+    for group in space.groups:
+        number = seen[group.choices] = seen.get(group.choices, -1) + 1
+        widths[group.name] = group.choices[number % len(group.choices)]
+    return Widths(widths)
+
+
 def _failure(model: nn.Module, space: WidthSpace, example: Inputs, subnets: Sequence[Widths]) -> str | None:
     """Return why some of the subnets do not work, or None if narrow and masked agree."""
     if not space.groups:
         return None
     n = len(subnets)
-    generator = torch.Generator().manual_seed(0)
-
-    def vary(tensor: torch.Tensor) -> torch.Tensor:
-        x = torch.cat([tensor] * (2 * n))[: 2 * n]
-        if x.is_floating_point():
-            noise = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
-            x = x + noise * (x.std() + 1)
-        return x
-
-    x = map_tensors(vary, example)
+    x = _varied(example, n)
     masked = _outputs(ParallelSkeleton(model, space, space.full(), num_subnets=n), model, x, subnets)
     if isinstance(masked, str):
         return f"the model does not run several samples at once: {masked}"
@@ -95,29 +96,61 @@ def _failure(model: nn.Module, space: WidthSpace, example: Inputs, subnets: Sequ
                 alone = tensors_in(narrow.eval()(*as_arguments(own)))
         except Exception as error:  # the user's forward may raise anything
             return f"the model's own code fails when it is narrower: {first_line(error)}"
-        for out, expected in zip(alone, masked, strict=True):
-            expected = expected[number::n]
-            if out.shape != expected.shape:
-                return f"its output changes shape, {tuple(expected.shape)} to {tuple(out.shape)}, when it is narrower"
-            if not out.is_floating_point():  # made by comparing numbers that may differ by rounding
-                continue
-            scale = expected.abs().max().clamp_min(1e-12)
-            if not ((out - expected).abs().max() <= TOLERANCE * scale):  # also when NaN
-                return "the narrower model computes something else than the masked one"
+        problem = _difference(alone, [out[number::n] for out in masked])
+        if problem is not None:
+            return problem
+    return None
+
+
+def _varied(example: Inputs, n: int) -> Inputs:
+    """Return different samples like the example's, two for each of n subnets."""
+    generator = torch.Generator().manual_seed(0)
+
+    def vary(tensor: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([tensor] * (2 * n))[: 2 * n]
+        if x.is_floating_point():
+            noise = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
+            x = x + noise * (x.std() + 1)
+        return x
+
+    return map_tensors(vary, example)
+
+
+def _difference(narrow: Sequence[torch.Tensor], masked: Sequence[torch.Tensor]) -> str | None:
+    """Return how the outputs differ, or None."""
+    for out, expected in zip(narrow, masked, strict=True):
+        if out.shape != expected.shape:
+            return f"its output changes shape, {tuple(expected.shape)} to {tuple(out.shape)}, when it is narrower"
+        if not out.is_floating_point():  # made by comparing numbers that may differ by rounding
+            continue
+        scale = expected.abs().max().clamp_min(1e-12)
+        if not ((out - expected).abs().max() <= TOLERANCE * scale):  # also when NaN
+            return "the narrower model computes something else than the masked one"
     return None
 
 
 def _failure_in_training(model: nn.Module, space: WidthSpace, example: Inputs, subnets: Sequence[Widths]) -> str | None:
-    """Return why narrow or masked models do not run in training mode, or None. What they give there is random."""
-    x = map_tensors(lambda tensor: torch.cat([tensor] * (2 * len(subnets)))[: 2 * len(subnets)], example)
-    modules = [_narrowed(model, space, widths).train() for widths in subnets]
-    skeleton = ParallelSkeleton(model, space, space.full(), num_subnets=len(subnets))
+    """Return why narrow or masked models fail or differ in training mode, or None.
+
+    What a model gives there may be random; then it only has to run.
+    """
+    n = len(subnets)
+    x = _varied(example, n)
+    skeleton = ParallelSkeleton(model, space, space.full(), num_subnets=n)
     skeleton.module.train()
     try:
         with torch.no_grad(), torch.random.fork_rng():
-            for module in modules:
-                module(*as_arguments(map_tensors(torch.clone, x)))
-            skeleton(state_of(model), map_tensors(torch.clone, x), subnets)
+            together = tensors_in(skeleton(state_of(model), map_tensors(torch.clone, x), subnets))
+            for number, widths in enumerate(subnets):
+                own = map_tensors(lambda tensor, number=number: tensor[number::n], x)
+                alone, again = (
+                    tensors_in(_narrowed(model, space, widths).train()(*as_arguments(map_tensors(torch.clone, own))))
+                    for _ in range(2)
+                )
+                if all(torch.equal(one, other) for one, other in zip(alone, again, strict=True)):
+                    problem = _difference(alone, [out[number::n] for out in together])
+                    if problem is not None:
+                        return f"in training {problem}"
     except Exception as error:  # the user's forward may raise anything
         return f"the model's own code fails in training when it is narrower: {first_line(error)}"
     return None

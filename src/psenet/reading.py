@@ -4,14 +4,16 @@ import copy
 import io
 import linecache
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 
 from psenet.errors import InputError, first_line
 from psenet.evaluate import eval_mode as evaluating
@@ -105,8 +107,8 @@ def trace(
 def read(model: nn.Module, example_input: Inputs, *, opaque: Sequence[str] = ()) -> Reading:
     """Export the model's graph and walk it with the rules.
 
-    A model that runs other modules in training than in evaluation (auxiliary heads) is read in both modes: channels
-    must be able to vary in both, and costs are those of evaluation.
+    A model that runs other code in training than in evaluation (auxiliary heads, stochastic depth) is read in both
+    modes: channels must be able to vary in both, and costs are those of evaluation.
 
     Raises:
         TypeError: Not a module, or the example has no tensor.
@@ -127,12 +129,14 @@ def read(model: nn.Module, example_input: Inputs, *, opaque: Sequence[str] = ())
     reading = Reading()
     with evaluating(model):
         calls = _calls(model, example_input)
+        if isinstance(calls, InputError):
+            raise calls
         if isinstance(calls, Exception):
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in(example_input))
             raise InputError(
                 f"the model refuses an input of shape {shapes}: {type(calls).__name__}: {calls}"
             ) from calls
-        with opaque_modules(model, paths, example_input):
+        with opaque_modules(model, paths, example_input) as ran:
             program = _export(model, example_input)
             Reader(program, RULES, reading, same_tensor=same_tensor, same_module=same_module).read()
         pair = map_tensors(lambda tensor: torch.cat([tensor, tensor]), example_input)  # batch norms want two samples
@@ -140,10 +144,14 @@ def read(model: nn.Module, example_input: Inputs, *, opaque: Sequence[str] = ())
         calls_in_training = _calls(model, pair)
         reading.trains_differently = not isinstance(calls_in_training, Exception) and calls_in_training != calls
         if reading.trains_differently:
-            with opaque_modules(model, paths, pair):
+            with opaque_modules(model, paths, pair) as ran_in_training:
+                ran = ran | ran_in_training
                 program = _export(model, pair)
                 reader = Reader(program, RULES, reading, same_tensor=same_tensor, same_module=same_module)
                 reader.read(counts=False)
+    if len(ran) < len(paths):
+        idle = ", ".join(sorted(set(paths) - ran))
+        raise InputError(f"opaque: {idle} is not run by the model's forward")
     for alias in same_tensor.keys() & state_of(model).keys():
         if same_tensor[alias] in reading.axes:
             reading.axes[alias] = reading.axes[same_tensor[alias]]
@@ -153,8 +161,17 @@ def read(model: nn.Module, example_input: Inputs, *, opaque: Sequence[str] = ())
 
 
 def _calls(model: nn.Module, inputs: Inputs) -> list[str] | Exception:
-    """Run the model on copies; return the paths of the modules that run, in order, or what its forward raises."""
+    """Run the model on copies; return the modules and functions that run, in order, or what its forward raises."""
     calls: list[str] = []
+
+    class Names(TorchFunctionMode):
+        def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: Any = None) -> Any:
+            if not (
+                args and isinstance(args[0], torch.Tensor) and not args[0].is_floating_point()
+            ):  # norms count steps
+                calls.append(getattr(func, "__name__", ""))
+            return func(*args, **(kwargs or {}))
+
     hooks = [
         module.register_forward_pre_hook(lambda _module, _args, path=path: calls.append(path))
         for path, module in model.named_modules()
@@ -162,14 +179,17 @@ def _calls(model: nn.Module, inputs: Inputs) -> list[str] | Exception:
     try:
         # The user's forward may count in its buffers or change its input in place.
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), torch.random.fork_rng(), Names():
             outputs = functional_call(model, buffers, as_arguments(map_tensors(torch.clone, inputs)))
     except Exception as error:  # the user's forward may raise anything
         return error
     finally:
         for hook in hooks:
             hook.remove()
-    return [*calls, f"{len(tensors_in(outputs))} outputs"]
+    shapes = [tuple(tensor.shape) for tensor in tensors_in(outputs)]
+    if () in shapes:
+        return InputError(f"every output must have the samples on axis 0; the outputs have shapes {shapes}")
+    return [*calls, f"{len(shapes)} outputs"]
 
 
 def _export(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:

@@ -164,7 +164,8 @@ def narrow_attributes(model: nn.Module, space: WidthSpace, widths: Widths) -> At
     for path in dict.fromkeys([*new_values, *new_lists]):
         new, lists = new_values.get(path, {}), new_lists.get(path, {})
         module = model.get_submodule(path)
-        if any(layer_type in _RESIZERS for layer_type in type(module).__mro__):
+        has_tensors = any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
+        if has_tensors and any(layer_type in _RESIZERS for layer_type in type(module).__mro__):
             continue
         for name, value in vars(module).items():
             if isinstance(value, int) and not isinstance(value, bool) and new.get(value, value) != value:

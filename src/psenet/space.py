@@ -59,6 +59,10 @@ class MaskPlan:
     layout: Layout
     axis: int
     kind: str
+    ops: tuple[str, ...] = ()
+    """The ops that may run over channels, in the order in which the module calls them itself."""
+    masked: frozenset[int] = frozenset()
+    """Which of them must see the kept channels only."""
 
 
 @dataclass(frozen=True)

@@ -54,8 +54,9 @@ class AloneLayer:
             for setting, kept_in, kept_out in zip(widths, in_nC, out_nC, strict=True)
         ]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Run the layer, sample j for subnet j mod n."""
+    def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+        """Run the layer on its one input, sample j for subnet j mod n."""
+        (x,) = (*args, *kwargs.values())
         n = len(self._runs)
         outputs = [run(x[number::n]) for number, run in enumerate(self._runs)]
         return torch.stack(outputs, dim=1).flatten(0, 1)

@@ -6,8 +6,9 @@ own copy runs; every other op runs as it is.
 Legend: n subnets, B batch, C channels at the ceiling, M = B / n samples a subnet.
 """
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -18,45 +19,71 @@ MASK = "psenet_op_mask"
 """Name of the buffer that holds the mask, shape (n, C)."""
 
 
-def mask_ops(layer: nn.Module, axis: int) -> None:
-    """Make the ops over channels that a module calls see the kept channels only.
+def mask_ops(layer: nn.Module, axis: int, ops: Sequence[str], masked: Collection[int]) -> None:
+    """Make ops over channels that a module calls see the kept channels only.
 
     Args:
         layer: A module of our own copy; it gets a buffer for the mask of the n subnets. Sample j belongs to subnet
             j mod n.
         axis: The channel axis of what the ops read.
+        ops: All the ops that the module calls itself and that may run over channels, in order.
+        masked: Which of them do.
     """
     layer.register_buffer(MASK, torch.empty(0, dtype=torch.bool, device="meta"), persistent=False)
     run = layer.forward
+    running: list[_MaskedOps] = []
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with _MaskedOps(layer.get_buffer(MASK), axis):
-            return run(*args, **kwargs)
+        running.append(_MaskedOps(layer.get_buffer(MASK), axis, ops, masked))
+        try:
+            with running[-1]:
+                result = run(*args, **kwargs)
+            running[-1].finish()
+            return result
+        finally:
+            running.pop()
+
+    def count(_child: nn.Module, *_: Any, by: int) -> None:
+        if running:
+            running[-1].depth += by
 
     layer.forward = forward
+    for child in layer.children():  # what they call is their own affair
+        child.register_forward_pre_hook(functools.partial(count, by=1))
+        child.register_forward_hook(functools.partial(count, by=-1), always_call=True)
 
 
 class _MaskedOps(TorchFunctionMode):
-    """Replaces the ops of `_MASKED` on tensors whose channel axis is as long as the mask."""
+    """Replaces some of the ops that a module calls itself, told by their order."""
 
-    def __init__(self, mask_nC: torch.Tensor, axis: int) -> None:
+    def __init__(self, mask_nC: torch.Tensor, axis: int, ops: Sequence[str], masked: Collection[int]) -> None:
         super().__init__()
+        self.depth = 0
         self._mask_nC = mask_nC
         self._axis = axis
+        self._ops = ops
+        self._masked = masked
+        self._calls = 0
 
     def __torch_function__(
         self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         given = kwargs or {}
-        masked = _MASKED.get(getattr(func, "__name__", ""))
-        x = args[0] if args else given.get("input")
-        if masked is None or not isinstance(x, torch.Tensor) or not self._reads(x):
+        name = getattr(func, "__name__", "")
+        if self.depth or name not in _MASKED:
             return func(*args, **given)
-        return masked(x, self._mask_for(x), *args[1:], **{key: value for key, value in given.items() if key != "input"})
+        number, self._calls = self._calls, self._calls + 1
+        if self._ops[number : number + 1] != (_AS_TRACED.get(name, name),):
+            raise RuntimeError(f"calls {name} where {self._ops[number : number + 1]} was expected")
+        if number not in self._masked:
+            return func(*args, **given)
+        x = args[0] if args else given["input"]
+        return _MASKED[name](x, self._mask_for(x), *args[1:], **{k: v for k, v in given.items() if k != "input"})
 
-    def _reads(self, x: torch.Tensor) -> bool:
-        n, num_channels = self._mask_nC.shape
-        return -x.ndim <= self._axis < x.ndim and x.shape[self._axis] == num_channels and x.shape[0] % n == 0
+    def finish(self) -> None:
+        """Make sure that every op was met."""
+        if self._calls != len(self._ops):
+            raise RuntimeError(f"calls {self._calls} ops over channels where {len(self._ops)} were expected")
 
     def _mask_for(self, x: torch.Tensor) -> torch.Tensor:
         """Return the mask as 0 and 1, broadcastable to (M, n, ...)."""
@@ -140,19 +167,16 @@ def _scale(
     return out if bias is None else out + bias * mask
 
 
-def _mean(x: torch.Tensor, mask: torch.Tensor, dim: Any = None, keepdim: bool = False, **_: object) -> torch.Tensor:
-    axes = _axes(x, dim)
-    if not any(mask.shape[axis + 1] > 1 for axis in axes):
-        return torch.mean(x, axes, keepdim)
-    means = _kept_mean(_by_subnet(x, mask), mask, [axis + 1 for axis in axes])
+def _mean(x: torch.Tensor, mask: torch.Tensor, dim: Any = None, keepdim: bool = False, **given: Any) -> torch.Tensor:
+    x, axes = x.to(given.get("dtype") or x.dtype), _axes(x, given.get("axis", dim))
+    means = _kept_mean(_by_subnet(x, mask), mask.to(x.dtype), [axis + 1 for axis in axes])
     return _reduced(means, x, axes, keepdim)
 
 
-def _sum(x: torch.Tensor, mask: torch.Tensor, dim: Any = None, keepdim: bool = False, **_: object) -> torch.Tensor:
-    axes = _axes(x, dim)
-    if not any(mask.shape[axis + 1] > 1 for axis in axes):
-        return torch.sum(x, axes, keepdim)
-    return _reduced((_by_subnet(x, mask) * mask).sum([axis + 1 for axis in axes], keepdim=True), x, axes, keepdim)
+def _sum(x: torch.Tensor, mask: torch.Tensor, dim: Any = None, keepdim: bool = False, **given: Any) -> torch.Tensor:
+    x, axes = x.to(given.get("dtype") or x.dtype), _axes(x, given.get("axis", dim))
+    kept = _by_subnet(x, mask) * mask.to(x.dtype)
+    return _reduced(kept.sum([axis + 1 for axis in axes], keepdim=True), x, axes, keepdim)
 
 
 def _reduced(result: torch.Tensor, x: torch.Tensor, axes: list[int], keepdim: bool) -> torch.Tensor:
@@ -189,29 +213,32 @@ def _batch_norm(
     return out.reshape(x.shape)
 
 
-def _variance(x: torch.Tensor, mask: torch.Tensor, dim: Any = None, **options: Any) -> torch.Tensor:
-    axes = _axes(x, dim)
-    keepdim = options.get("keepdim", False)
-    correction = options.get("correction", 1 if options.get("unbiased", True) else 0)
-    if not any(mask.shape[axis + 1] > 1 for axis in axes):
-        return torch.var(x, axes, correction=correction, keepdim=keepdim)
+def _variance(
+    x: torch.Tensor,
+    mask: torch.Tensor,
+    dim: Any = None,
+    unbiased: bool = True,
+    keepdim: bool = False,
+    *,
+    correction: float | None = None,
+    axis: Any = None,
+) -> torch.Tensor:
+    axes = _axes(x, dim if axis is None else axis)
     split, inner = _by_subnet(x, mask), [axis + 1 for axis in axes]
     centred = (split - _kept_mean(split, mask, inner)) * mask
     size = math.prod(split.shape[axis] for axis in inner) / math.prod(mask.shape[axis] for axis in inner)
-    count = mask.sum(inner, keepdim=True) * size
-    return _reduced(centred.square().sum(inner, keepdim=True) / (count - correction), x, axes, keepdim)
+    freedom = mask.sum(inner, keepdim=True) * size - (int(unbiased) if correction is None else correction)
+    return _reduced(centred.square().sum(inner, keepdim=True) / freedom, x, axes, keepdim)
 
 
-def _deviation(x: torch.Tensor, mask: torch.Tensor, dim: Any = None, **options: Any) -> torch.Tensor:
-    return _variance(x, mask, dim, **options).sqrt()
+def _deviation(x: torch.Tensor, mask: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return _variance(x, mask, *args, **kwargs).sqrt()
 
 
 def _filled(function: Callable, value: float) -> Callable[..., torch.Tensor]:
     """Return the function of a tensor in which dropped channels have a value that does not count."""
 
     def masked(x: torch.Tensor, mask: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if any(isinstance(argument, torch.Tensor) for argument in (*args, *kwargs.values())):
-            return function(x, *args, **kwargs)  # elementwise, of two tensors
         return function(_by_subnet(x, mask).masked_fill(mask == 0, value).reshape(x.shape), *args, **kwargs)
 
     return masked
@@ -235,3 +262,6 @@ _MASKED: dict[str, Callable[..., torch.Tensor]] = {
     "linalg_norm": _filled(torch.linalg.norm, 0.0),
     "linalg_vector_norm": _filled(torch.linalg.vector_norm, 0.0),
 }
+
+_AS_TRACED = {name: "linalg_vector_norm" for name in ("norm", "normalize", "linalg_norm")}
+"""What functions become in an exported graph, where the name is another."""

@@ -67,9 +67,9 @@ class ParallelSkeleton:
                 pass  # said together with what it takes
             elif plan.kind == "masked_input":
                 layer.register_buffer(_MASK, torch.empty(0, dtype=torch.bool, device="meta"), persistent=False)
-                layer.register_forward_pre_hook(_mask_input(plan.axis, num_subnets))
+                _change_input(layer, _mask_input(layer, plan.axis, num_subnets))
             else:
-                mask_ops(layer, plan.axis)
+                mask_ops(layer, plan.axis, plan.ops, plan.masked)
 
     def __call__(self, state: Mapping[str, torch.Tensor], inputs: Inputs, widths: Sequence[Widths]) -> Any:
         """Run the pass.
@@ -84,6 +84,9 @@ class ParallelSkeleton:
         """
         masks = self._table.masks(widths, tensors_in(inputs)[0].device)
         tensors = slice_state(state, self._space, self.ceiling)
+        for name, tensor in tensors.items():
+            if not isinstance(state[name], nn.Parameter):  # what a forward writes into its buffers is for nobody
+                tensors[name] = tensor.clone()
         kept_by = {(plan.module, plan.kind): mask_nC for plan, mask_nC in zip(self._plans, masks, strict=True)}
         for path, layer in self._alone.items():
             layer.prepare(state, widths, kept_by[path, "alone_in"], kept_by[path, "alone_out"])
@@ -128,16 +131,24 @@ def _prepare_norm(layer: nn.Module, num_subnets: int) -> None:
     if layer.weight is None:
         layer.register_buffer(_MASK, torch.empty(0, dtype=torch.bool, device="meta"), persistent=False)
         layer.register_forward_hook(_mask_output(num_subnets))
-    layer.register_forward_pre_hook(_subnets_to_channels(num_subnets))
+    _change_input(layer, _subnets_to_channels(num_subnets))
     layer.register_forward_hook(_channels_to_subnets(num_subnets))
 
 
-def _subnets_to_channels(n: int) -> Callable:
-    def hook(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        (x,) = args
-        return (x.reshape(x.shape[0] // n, n * x.shape[1], *x.shape[2:]),)
+def _change_input(layer: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Change the tensor that a layer gets, by position or by name."""
 
-    return hook
+    def hook(_layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if args:
+            return (change(args[0]), *args[1:]), kwargs
+        name = next(iter(kwargs))
+        return args, {**kwargs, name: change(kwargs[name])}
+
+    layer.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _subnets_to_channels(n: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: x.reshape(x.shape[0] // n, n * x.shape[1], *x.shape[2:])
 
 
 def _channels_to_subnets(n: int) -> Callable:
@@ -155,12 +166,12 @@ def _mask_output(n: int) -> Callable:
     return hook
 
 
-def _mask_input(axis: int, n: int) -> Callable:
-    def hook(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        x, mask_nC = args[0], layer.get_buffer(_MASK)
+def _mask_input(layer: nn.Module, axis: int, n: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    def change(x: torch.Tensor) -> torch.Tensor:
+        mask_nC = layer.get_buffer(_MASK)
         shape = [1] * (x.ndim + 1)
         shape[1], shape[axis % x.ndim + 1] = n, mask_nC.shape[1]
         by_subnet = x.reshape(x.shape[0] // n, n, *x.shape[1:]) * mask_nC.reshape(shape).to(x.dtype)
-        return (by_subnet.reshape(x.shape), *args[1:])
+        return by_subnet.reshape(x.shape)
 
-    return hook
+    return change

@@ -240,7 +240,7 @@ class Call:
 
     def needs_mask(self, ids: np.ndarray, axis: int, kind: str) -> None:
         """Say that the parallel pass must prepare this module; see `psenet.space.MaskPlan` for the kinds."""
-        self.reading.masks.append(MaskNeed(self.module, ids, axis, kind))
+        self.reading.masks.append(MaskNeed(self.module, ids, axis, kind, self._reader.place_of(self.node)))
 
 
 Rule = Callable[[Call], Value | tuple[Value, ...]]

@@ -62,6 +62,8 @@ class MaskNeed:
     ids: np.ndarray
     axis: int
     kind: str
+    call: int = 0
+    """For the kind `"op"`: which of the ops over channels it is that the module calls itself."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,8 @@ class Reading:
     """Full shape of every parameter of the model, used or not, tied ones once."""
     macs: list[MacTerm] = field(default_factory=list)
     masks: list[MaskNeed] = field(default_factory=list)
+    ops: dict[str, list[tuple[str, ...]]] = field(default_factory=dict)
+    """The ops over channels or space that each module calls itself, in order, once for each call of the module."""
     constants: list[Constant] = field(default_factory=list)
     constant_lists: list[ConstantList] = field(default_factory=list)
     ordered: list[np.ndarray] = field(default_factory=list)
@@ -118,4 +122,4 @@ class Reading:
     foreign: list[tuple[str, np.ndarray]] = field(default_factory=list)
     """Rules of the user's own, and the ids of the tensors that they saw or described."""
     trains_differently: bool = False
-    """In training the model runs other modules than in evaluation, or gives other outputs."""
+    """In training the model runs other code than in evaluation, or gives other outputs."""

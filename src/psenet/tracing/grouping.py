@@ -67,7 +67,7 @@ def build_space(
     # Statistics over the batch are per subnet, whether or not anything varies.
     needed = {need.module for need in reading.masks if need.kind == "norm" or grouping.elastic(need.ids)}
     masks = tuple(
-        MaskPlan(need.module, grouping.layout(need.ids), need.axis, need.kind)
+        MaskPlan(need.module, grouping.layout(need.ids), need.axis, need.kind, *_masked_ops(reading, need))
         for need in _one_per_module(reading.masks)
         if need.module in needed
     )
@@ -120,7 +120,7 @@ class _Grouping:
             for ids in axes:
                 for number in np.unique(self._groups_of(ids)) if ids is not None else ():
                     if number >= 0:
-                        layers[number][name.rpartition(".")[0]] = None
+                        layers[number][_layer_of(name)] = None
         return [
             ChannelGroup(atom.name, widths[-1], widths, tuple(members), atom.unit)
             for atom, widths, members in zip(self._atoms_kept, self._choices, layers, strict=True)
@@ -248,6 +248,11 @@ class _Grouping:
         return follows, precedes
 
 
+def _layer_of(name: str) -> str:
+    """Return the path of the layer that has a tensor, also where it computes its weight from that tensor."""
+    return name.rpartition(".")[0].partition(".parametrizations.")[0]
+
+
 def _note(neighbour: np.ndarray, labels: np.ndarray, seen: np.ndarray) -> None:
     """Note the neighbour of each class; two different ones make _MANY."""
     order = np.lexsort((seen, labels))
@@ -273,6 +278,14 @@ def _classes(reading: Reading) -> np.ndarray:
 def _one_per_module(needs: list[MaskNeed]) -> Iterable[MaskNeed]:
     """A module called several times is prepared once; its calls are tied through its parameters."""
     return {(need.module, need.kind): need for need in needs}.values()
+
+
+def _masked_ops(reading: Reading, need: MaskNeed) -> tuple[tuple[str, ...], frozenset[int]]:
+    """Return the counted ops of the module, and which of them need the mask."""
+    if need.kind not in ("op", "norm") or need.module not in reading.ops:
+        return (), frozenset()
+    calls = {other.call for other in reading.masks if (other.module, other.kind) == (need.module, need.kind)}
+    return reading.ops[need.module][0], frozenset(calls)
 
 
 def _full_macs(reading: Reading) -> dict[str, int]:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
 from psenet.errors import InputError
-from psenet.inputs import Inputs, as_arguments, map_tensors, tensors_in
+from psenet.inputs import Inputs, as_arguments, map_tensors, num_samples, tensors_in
 from psenet.tracing.call import Call
 from psenet.tracing.facts import NO_CHANNEL, MaskNeed, Value
 from psenet.tracing.rules.registry import rule
@@ -77,7 +77,7 @@ def opaque(call: Call) -> tuple[Value, ...]:
 
 
 @contextmanager
-def opaque_modules(model: nn.Module, paths: Sequence[str], inputs: Inputs) -> Iterator[None]:
+def opaque_modules(model: nn.Module, paths: Sequence[str], inputs: Inputs) -> Iterator[set[str]]:
     """Make modules of a copy of the user's model opaque while it is exported and read.
 
     Args:
@@ -85,8 +85,11 @@ def opaque_modules(model: nn.Module, paths: Sequence[str], inputs: Inputs) -> It
         paths: The modules.
         inputs: What the model takes, for one real run.
 
+    Yields:
+        Those of the modules that the model runs.
+
     Raises:
-        InputError: A module is not run, or gets or gives no tensor.
+        InputError: A module gets or gives no tensor.
     """
     found = [_Opaque(path, _norms(model.get_submodule(path), path)) for path in paths]
     _OPEN.extend(found)
@@ -94,8 +97,9 @@ def opaque_modules(model: nn.Module, paths: Sequence[str], inputs: Inputs) -> It
         for item in found:
             _record(model, item, inputs)
         for item in found:
-            vars(model.get_submodule(item.path))["forward"] = _standing_for(item)
-        yield
+            if item.outputs:
+                vars(model.get_submodule(item.path))["forward"] = _standing_for(item)
+        yield {item.path for item in found if item.outputs}
     finally:
         for item in found:
             vars(model.get_submodule(item.path)).pop("forward", None)
@@ -117,7 +121,7 @@ def _record(model: nn.Module, item: _Opaque, inputs: Inputs) -> None:
         if not tensors_in(outputs):
             raise InputError(f"opaque: {item.path} gives no tensor")
         flops = counter.get_flop_counts().get("Global", {})
-        item.macs.append(sum(count for op, count in flops.items() if str(op) in _COUNTED) // 2)
+        item.macs.append(sum(count for op, count in flops.items() if str(op) in _COUNTED) // 2 // num_samples(inputs))
         item.outputs.append(map_tensors(torch.detach, outputs))
 
     hooks = [module.register_forward_pre_hook(start, with_kwargs=True), module.register_forward_hook(stop)]
@@ -127,8 +131,6 @@ def _record(model: nn.Module, item: _Opaque, inputs: Inputs) -> None:
     finally:
         for hook in hooks:
             hook.remove()
-    if not item.outputs:
-        raise InputError(f"opaque: {item.path} is not run by the model's forward")
 
 
 def _standing_for(item: _Opaque) -> Any:

@@ -20,6 +20,11 @@ from psenet.tracing.call import Call, Rule
 from psenet.tracing.facts import NO_CHANNEL, Freeze, MaskNeed, Reading, Value
 from psenet.tracing.nodes import aliased, itemsize_of, results_of, shape_of, storages_of
 
+COUNTED_OPS = frozenset(
+    "mean sum var std amax amin max min linalg_vector_norm layer_norm rms_norm group_norm batch_norm".split()
+)
+"""Ops that may run over channels; the parallel pass finds them again by their order in the module."""
+
 
 @dataclass(frozen=True)
 class _State:
@@ -62,6 +67,8 @@ class Reader:
         self._inner_names: dict[fx.Node, str] = {}
         self._activations: set[fx.Node] = set()
         self._states: dict[str, _State] = {}
+        self._ops: dict[str, dict[str, list[str]]] = {}
+        self._places: dict[fx.Node, int] = {}
 
     def read(self, *, counts: bool = True) -> None:
         """Walk the graph and note what is found, costs only if this graph `counts`."""
@@ -73,12 +80,28 @@ class Reader:
                 self._known[node] = self._apply(node)
             elif node.op == "output":
                 self._freeze_outputs(node)
+        for module, calls in self._ops.items():
+            self.reading.ops.setdefault(module, []).extend(tuple(names) for names in calls.values())
         self._settle_states()
         self._settle_masks()
         if counts:
             self.reading.moments = list(self._moments())
         else:
             vars(self.reading).update(costs)
+
+    def place_of(self, node: fx.Node) -> int:
+        """Return which of the counted ops that its module calls itself this one is."""
+        return self._places.get(node, 0)
+
+    def _note_place(self, call: Call) -> None:
+        """Count the ops that may have to see kept channels only, by module and by call of the module."""
+        name = call.op.split(".")[1]
+        if name not in COUNTED_OPS:
+            return
+        stack = call.node.meta.get("nn_module_stack") or {"": ("", None)}
+        names = self._ops.setdefault(call.module, {}).setdefault(list(stack)[-1], [])
+        self._places[call.node] = len(names)
+        names.append(name)
 
     def is_activation(self, node: fx.Node) -> bool:
         """Tell whether a node depends on the model's input."""
@@ -154,6 +177,8 @@ class Reader:
         """A module is prepared once for all its calls: their channels must be the same."""
         first: dict[tuple[str, str], MaskNeed] = {}
         for need in self.reading.masks:
+            if need.kind == "op" and len(set(self.reading.ops[need.module])) > 1:
+                self.reading.freezes.append(Freeze(_real(need.ids), f"{need.module} runs in several ways"))
             known = first.setdefault((need.module, need.kind), need)
             if known is need:
                 continue
@@ -178,6 +203,7 @@ class Reader:
                 return container[index]
             return _untracked(node)
         call = Call(self, node)
+        self._note_place(call)
         rule = self.rules.get(call.op) or self.rules.get(_out_of_place(call.op))
         if rule is None:
             call.freeze_inputs("no rule for this op")
@@ -203,18 +229,26 @@ class Reader:
         values = result if isinstance(result, tuple) else (result,)
         shapes = [tuple(map(int, tensor.shape)) for tensor in results_of(call.node)]
         fits = len(values) == len(shapes) and all(
-            isinstance(value, Value) and value.shape == shape and _is_over(value.ids, shape)
+            isinstance(value, Value) and value.shape == shape and self._are_ids(value.ids, shape)
             for value, shape in zip(values, shapes, strict=True)
         )
         if not fits:
             said = [(value.shape, value.ids.shape) if isinstance(value, Value) else value for value in values]
             raise InputError(
-                f"{name} must return a Value for each output, with its shape and ids that broadcast to it; the op "
-                f"returns {shapes} at {call.where()}, the rule said {said}"
+                f"{name} must return a Value for each output, with its shape and known ids that broadcast to it; "
+                f"the op returns {shapes} at {call.where()}, the rule said {said}"
             )
         touched = [_real(value.ids) for value in (*call.values(), *values)]
         self.reading.foreign.append((name, np.concatenate(touched)))
         return result
+
+    def _are_ids(self, ids: np.ndarray, shape: tuple[int, ...]) -> bool:
+        return (
+            ids.ndim == len(shape)
+            and all(size in (1, whole) for size, whole in zip(ids.shape, shape, strict=True))
+            and np.issubdtype(ids.dtype, np.integer)
+            and bool(((ids >= NO_CHANNEL) & (ids < self.reading.num_ids)).all())
+        )
 
     def _spoil(self, node: fx.Node, zero: bool) -> None:
         """A tensor of which a view was changed is zero on dropped channels only if the view is."""
@@ -298,10 +332,6 @@ def _real(ids: np.ndarray) -> np.ndarray:
 
 def _is_ours(rule: Rule) -> bool:
     return rule.__module__.startswith("psenet.")
-
-
-def _is_over(ids: np.ndarray, shape: tuple[int, ...]) -> bool:
-    return ids.ndim == len(shape) and all(size in (1, whole) for size, whole in zip(ids.shape, shape, strict=True))
 
 
 def _out_of_place(op: str) -> str:

@@ -46,6 +46,27 @@ def assertion(call: Call) -> Value:
     return call.untracked()
 
 
+@rule(
+    *(f"aten.new_{kind}.default" for kind in ("empty", "zeros", "ones", "full")),
+    *(f"aten.{kind}.default" for kind in ("zeros", "ones", "full", "rand", "randn", "arange")),
+    *("aten.empty.memory_format", "aten.scalar_tensor.default"),
+)
+def make(call: Call) -> Value:
+    """A new tensor: its size is written in the user's code."""  # noqa: D401
+    return call.untracked()
+
+
+@rule(
+    *(f"aten.{kind}.default" for kind in ("zeros_like", "ones_like", "empty_like", "rand_like", "randn_like")),
+    *("aten.full_like.default", "aten.bernoulli.default", "aten.bernoulli.p", "aten.bernoulli_.float"),
+    *("aten.uniform_.default", "aten.normal_.default"),
+)
+def fill(call: Call) -> Value:
+    """Numbers that have nothing to do with what was there."""
+    value = call.value(call.node.args[0])
+    return call.output(value.ids, zero=False)
+
+
 @rule("aten.add.Tensor", "aten.sub.Tensor", "aten.maximum.default", "aten.minimum.default")
 def add(call: Call) -> Value:
     a, b = call.value(call.node.args[0]), call.value(call.node.args[1])

@@ -18,6 +18,7 @@ def batch_norm(call: Call) -> Value:
         ids = np.full(value.shape[1], NO_CHANNEL, np.int64)
     for name in ("weight", "bias", "running_mean", "running_var"):
         call.follow(call[name], [ids])
+    call.constant(len(ids), ids)
     # Also where nothing varies: statistics are per subnet.
     call.needs_mask(ids, 1, "norm")
     return call.along(1, ids, zero=True)
@@ -31,6 +32,7 @@ def instance_norm(call: Call) -> Value:
         return call.untracked()
     for name in ("weight", "bias", "running_mean", "running_var"):
         call.follow(call[name], [ids])
+    call.constant(len(ids), ids)
     return call.along(1, ids, zero=value.zero and call["bias"] is None)
 
 
