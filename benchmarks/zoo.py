@@ -3,8 +3,8 @@
     python benchmarks/zoo.py                         all of them, about two hours on one core
     python benchmarks/zoo.py --only timm:resnet18 torchvision:vgg11
 
-The list follows a rule. From torchvision: every classification and segmentation model, and of the detectors what runs
-before boxes are decoded (backbone and dense heads). From timm: one model of every family, which is a module of timm and
+The list follows a rule. From torchvision: every classification and segmentation model below 150M parameters, and of the
+detectors what runs before boxes are decoded (backbone and dense heads). From timm: one model of every family, which is a module of timm and
 a name up to its first digit; the one with the fewest parameters, below 60M. Only models where convolutions wider than
 one pixel stand in four layers or more. Those in which attention (products of two activations) does over 0.5 % of the
 MACs are *hybrids*, listed by themselves; where it does over a tenth, they are no convolutional networks and left out.
@@ -43,7 +43,7 @@ from psenet.export import export_model
 from psenet.space import WidthSpace
 
 SIZES = (96, 128, 160, 224, 256, 288, 299, 384)
-LARGEST = 60e6
+LARGEST, LARGEST_OF_TORCHVISION = 60e6, 150e6
 PATIENCE = 300
 """Seconds that Torch-Pruning may take for a model."""
 TABLE = Path(__file__).parent.parent / "docs" / "zoo.md"
@@ -86,7 +86,7 @@ def torchvision_models() -> list[str]:
 
     modules = (models, models.segmentation, models.detection)
     names = [f"torchvision:{name}" for module in modules for name in models.list_models(module=module)]
-    return [name for name in names if _num_parameters(name)]
+    return [name for name in names if 0 < _num_parameters(name) < LARGEST_OF_TORCHVISION]
 
 
 def timm_models() -> list[str]:
