@@ -3,11 +3,12 @@
     python benchmarks/zoo.py                         all of them, about two hours on one core
     python benchmarks/zoo.py --only timm:resnet18 torchvision:vgg11
 
-The list follows a rule. From torchvision: every classification and segmentation model below 150M parameters, and of the
-detectors what runs before boxes are decoded (backbone and dense heads). From timm: one model of every family, which is a module of timm and
-a name up to its first digit; the one with the fewest parameters, below 60M. Only models where convolutions wider than
-one pixel stand in four layers or more. Those in which attention (products of two activations) does over 0.5 % of the
-MACs are *hybrids*, listed by themselves; where it does over a tenth, they are no convolutional networks and left out.
+The list follows a rule. From torchvision: every classification and segmentation model below 150M parameters, and of
+the detectors what runs before boxes are decoded (backbone and dense heads). From timm: one model of every family, which
+is a module of timm and a name up to its first digit; the one with the fewest parameters, below 60M. Only models where
+convolutions wider than one pixel stand in four layers or more. Those in which attention (products of two activations)
+does over 0.5 % of the MACs are *hybrids*, listed by themselves; where it does over a tenth, they are no convolutional
+networks and left out.
 
 Every finished model is kept in benchmarks/results/zoo.jsonl, so an interrupted run continues; at the end the table is
 written to docs/zoo.md. With Torch-Pruning installed (`pip install torch-pruning`), it is asked the same. Everything
@@ -72,7 +73,10 @@ def main() -> None:
                 file.write(json.dumps(record) + "\n")
             print(line(record), flush=True)
     records = [done[name] for name in names if done[name]["is_cnn"]]
-    print(f"figures: {write_result('zoo', {'summary': summary(records), 'models': records})}")
+    kinds = {"cnn": [record for record in records if not record["is_hybrid"]]}
+    kinds["hybrid"] = [record for record in records if record["is_hybrid"]]
+    summaries = {kind: summary(some) for kind, some in kinds.items()}
+    print(f"figures: {write_result('zoo', {'summary': summaries, 'models': records})}")
     TABLE.parent.mkdir(exist_ok=True)
     TABLE.write_text(page(records))
 
@@ -296,28 +300,38 @@ def line(record: dict[str, Any]) -> str:
 
 def page(records: list[dict[str, Any]]) -> str:
     """Return the page of the documentation."""
+    cnns, hybrids = ([record for record in records if record["is_hybrid"] == is_hybrid] for is_hybrid in (False, True))
     head = (
         "# Which models psenet takes\n\nMade by `python benchmarks/zoo.py`; the list follows a rule, see there. "
-        "*Elastic* is the share of the MACs of which at least one side can vary, *smallest* the reachable share of the "
-        "MACs, *difference* that of the parallel pass from extracted nets (relative, float64), *Torch-Pruning* its "
-        "share of the MACs when asked for a quarter of the channels, or its error.\n\n"
+        "*Seconds* are those of tracing and proving, on one thread; *elastic* is the share of the MACs of which at least "
+        "one side can vary, *smallest* the reachable share of the MACs, *difference* that of the parallel pass from "
+        "extracted nets (relative, float64), *Torch-Pruning* its share of the MACs when asked for a quarter of the "
+        "channels, or its error.\n\n"
     )
+    return head + _section("Convolutional nets", cnns) + _section("Hybrids with a little attention", hybrids)
+
+
+def _section(title: str, records: list[dict[str, Any]]) -> str:
     counts = "\n".join(f"- {key}: {value}" for key, value in summary(records).items())
-    title = "| model | seconds | groups | elastic | smallest | difference | ONNX | Torch-Pruning | why not more |\n"
-    return head + counts + "\n\n" + title + "| --- " * 9 + "|\n" + "\n".join(line(record) for record in records) + "\n"
+    columns = "| model | seconds | groups | elastic | smallest | difference | ONNX | Torch-Pruning | why not more |\n"
+    rows = "\n".join(line(record) for record in records)
+    return f"## {title}\n\n{counts}\n\n{columns}{'| --- ' * 9}|\n{rows}\n\n"
 
 
-def summary(records: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the figures over all models."""
+def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the figures over some models."""
     traced = [record for record in records if "groups" in record]
+    theirs = {record["model"] for record in records if isinstance(record["torch_pruning"], dict)}
+    ours = {record["model"] for record in traced}
     return {
         "models": len(records),
         "traced": len(traced),
-        "median seconds": round(float(np.median([record["seconds"] for record in traced])), 2),
+        "median seconds": round(float(np.median([record["seconds"] for record in traced] or [0])), 2),
         "with at least 90 % of the MACs elastic": sum(record["elastic_share"] >= 0.9 for record in traced),
         "equal to 1e-9": sum(isinstance(r["difference"], float) and r["difference"] <= 1e-9 for r in traced),
         "exported to ONNX": sum(record["onnx"] is True for record in traced),
-        "pruned by Torch-Pruning": sum(isinstance(record["torch_pruning"], dict) for record in traced),
+        "pruned by Torch-Pruning": len(theirs),
+        "pruned by Torch-Pruning and not by psenet": ", ".join(sorted(theirs - ours)) or "none",
     }
 
 

@@ -1,34 +1,25 @@
 """`trace`: read a model, group its channels, prove every group."""
 
 import copy
-import io
-import linecache
-import traceback
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
 
-from psenet.errors import InputError, first_line
+from psenet.errors import InputError
 from psenet.evaluate import eval_mode as evaluating
-from psenet.inputs import Inputs, as_arguments, map_tensors, num_samples, tensors_in
+from psenet.inputs import Inputs, map_tensors, num_samples, tensors_in
 from psenet.proof import broken_groups
 from psenet.slicing import state_of
 from psenet.space import WidthSpace
+from psenet.tracing.capture import capture, what_runs
 from psenet.tracing.facts import Reading
 from psenet.tracing.grouping import build_space
 from psenet.tracing.opaque import opaque_modules
 from psenet.tracing.reader import Reader
 from psenet.tracing.rules import RULES
-
-_LIBRARIES = tuple(f"{Path(module.__file__ or '').parent}/" for module in (torch, copy))
-"""What is below is not the user's code: torch, the standard library."""
 
 
 def trace(
@@ -127,28 +118,23 @@ def read(model: nn.Module, example_input: Inputs, *, opaque: Sequence[str] = ())
         model = copy.deepcopy(model)
     same_tensor, same_module = _ties(model)
     reading = Reading()
+
+    def walk(inputs: Inputs, *, counts: bool) -> set[str]:
+        with opaque_modules(model, paths, inputs) as ran:
+            program = capture(model, inputs)
+            reader = Reader(program, RULES, reading, same_tensor=same_tensor, same_module=same_module)
+            reader.read(counts=counts)
+        return ran
+
     with evaluating(model):
-        calls = _calls(model, example_input)
-        if isinstance(calls, InputError):
-            raise calls
-        if isinstance(calls, Exception):
-            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in(example_input))
-            raise InputError(
-                f"the model refuses an input of shape {shapes}: {type(calls).__name__}: {calls}"
-            ) from calls
-        with opaque_modules(model, paths, example_input) as ran:
-            program = _export(model, example_input)
-            Reader(program, RULES, reading, same_tensor=same_tensor, same_module=same_module).read()
-        pair = map_tensors(lambda tensor: torch.cat([tensor, tensor]), example_input)  # batch norms want two samples
+        evaluated = what_runs(model, example_input)
+        ran = walk(example_input, counts=True)
         model.train()
-        calls_in_training = _calls(model, pair)
-        reading.trains_differently = not isinstance(calls_in_training, Exception) and calls_in_training != calls
+        pair = map_tensors(lambda tensor: torch.cat([tensor, tensor]), example_input)  # batch norms want two samples
+        with suppress(InputError):  # one that wants more than the example in training (targets) is read as it evaluates
+            reading.trains_differently = what_runs(model, pair) != evaluated
         if reading.trains_differently:
-            with opaque_modules(model, paths, pair) as ran_in_training:
-                ran = ran | ran_in_training
-                program = _export(model, pair)
-                reader = Reader(program, RULES, reading, same_tensor=same_tensor, same_module=same_module)
-                reader.read(counts=False)
+            ran |= walk(pair, counts=False)
     if len(ran) < len(paths):
         idle = ", ".join(sorted(set(paths) - ran))
         raise InputError(f"opaque: {idle} is not run by the model's forward")
@@ -158,73 +144,6 @@ def read(model: nn.Module, example_input: Inputs, *, opaque: Sequence[str] = ())
             reading.shapes[alias] = reading.shapes[same_tensor[alias]]
     reading.params = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     return reading
-
-
-def _calls(model: nn.Module, inputs: Inputs) -> list[str] | Exception:
-    """Run the model on copies; return the modules and functions that run, in order, or what its forward raises."""
-    calls: list[str] = []
-
-    class Names(TorchFunctionMode):
-        def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: Any = None) -> Any:
-            if not (
-                args and isinstance(args[0], torch.Tensor) and not args[0].is_floating_point()
-            ):  # norms count steps
-                calls.append(getattr(func, "__name__", ""))
-            return func(*args, **(kwargs or {}))
-
-    hooks = [
-        module.register_forward_pre_hook(lambda _module, _args, path=path: calls.append(path))
-        for path, module in model.named_modules()
-    ]
-    try:
-        # The user's forward may count in its buffers or change its input in place.
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        with torch.no_grad(), torch.random.fork_rng(), Names():
-            outputs = functional_call(model, buffers, as_arguments(map_tensors(torch.clone, inputs)))
-    except Exception as error:  # the user's forward may raise anything
-        return error
-    finally:
-        for hook in hooks:
-            hook.remove()
-    shapes = [tuple(tensor.shape) for tensor in tensors_in(outputs)]
-    if () in shapes:
-        return InputError(f"every output must have the samples on axis 0; the outputs have shapes {shapes}")
-    return [*calls, f"{len(shapes)} outputs"]
-
-
-def _export(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
-    # Where a module cannot be captured, torch prints the graph so far to stderr besides raising the error.
-    try:
-        with redirect_stderr(io.StringIO()):
-            return torch.export.export(model, as_arguments(inputs), strict=False)
-    except Exception as error:  # torch.export raises many private types
-        mode = " in training mode" if model.training else ""
-        where, path = _place_in_model(error, model)
-        way_out = f"opaque=[{path!r}]" if path else "opaque=[...], naming the module that does it"
-        raise InputError(
-            f"the model cannot be traced{mode}{where}: {first_line(error)}. What it does there depends on the data or "
-            f"is unknown to torch.export: rewrite it, or leave that module as it is with {way_out}"
-        ) from error
-
-
-def _place_in_model(error: BaseException, model: nn.Module) -> tuple[str, str]:
-    """Return the line of the user's code where tracing failed, and the innermost module that it belongs to."""
-    paths = {id(module): path for path, module in model.named_modules()}
-    where, innermost = "", ""
-    while error is not None:
-        for frame, line in traceback.walk_tb(error.__traceback__):
-            file = frame.f_code.co_filename
-            first = frame.f_code.co_varnames[:1]  # self, by whatever name
-            owner = paths.get(id(frame.f_locals.get(first[0]))) if first else None
-            if file.startswith(_LIBRARIES) or owner is None:
-                continue
-            code = linecache.getline(file, line).strip()
-            where = f" at {file}:{line} (`{code}`" + (f", in {owner})" if owner else ")")
-            innermost = owner
-        if where:
-            break
-        error = error.__cause__ or error.__context__  # pyright: ignore[reportAssignmentType]
-    return where, innermost
 
 
 def _paths_of(model: nn.Module, patterns: Sequence[str]) -> list[str]:
