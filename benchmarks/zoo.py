@@ -303,10 +303,10 @@ def page(records: list[dict[str, Any]]) -> str:
     cnns, hybrids = ([record for record in records if record["is_hybrid"] == is_hybrid] for is_hybrid in (False, True))
     head = (
         "# Which models psenet takes\n\nMade by `python benchmarks/zoo.py`; the list follows a rule, see there. "
-        "*Seconds* are those of tracing and proving, on one thread; *elastic* is the share of the MACs of which at least "
-        "one side can vary, *smallest* the reachable share of the MACs, *difference* that of the parallel pass from "
-        "extracted nets (relative, float64), *Torch-Pruning* its share of the MACs when asked for a quarter of the "
-        "channels, or its error.\n\n"
+        "*Seconds* are those of tracing and proving on one thread; *elastic* is the share of the MACs of which at "
+        "least one side can vary, *smallest* the reachable share of the MACs, *difference* that of the parallel pass "
+        "from extracted nets (relative, float64), *Torch-Pruning* its share of the MACs when asked for a quarter of "
+        "the channels, or its error.\n\n"
     )
     return head + _section("Convolutional nets", cnns) + _section("Hybrids with a little attention", hybrids)
 

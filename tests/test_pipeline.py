@@ -17,7 +17,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 import psenet
 import psenet.result
@@ -466,3 +466,52 @@ def test_the_supernet_starts_from_the_model_with_its_channels_in_order(
     ordered, x = make_net().eval(), torch.randn(6, *SHAPE)
     ordered.load_state_dict(start)
     torch.testing.assert_close(ordered(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+# Several inputs -------------------------------------------------------------------------------------------------------
+
+
+class _TwoInputs(nn.Module):
+    """Reads an image and a map of depths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.image, self.depth, self.norm = nn.Conv2d(3, 16, 3), nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, image: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.image(image) + self.depth(depth)).relu().mean((2, 3)))
+
+
+class _Pairs(Dataset):
+    def __init__(self, size: int) -> None:
+        generator = torch.Generator().manual_seed(size)
+        self.images = torch.randn(size, 3, 6, 6, generator=generator)
+        self.depths = torch.randn(size, 1, 6, 6, generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[tuple[torch.Tensor, torch.Tensor], int]:
+        return (self.images[index], self.depths[index]), index % 3
+
+
+def test_a_model_of_two_inputs_goes_the_whole_way(tmp_path: Path):
+    model = _TwoInputs()
+    train, validation = (DataLoader(_Pairs(size), batch_size=8) for size in (32, 24))
+    short = psenet.TrainConfig(epochs=1)
+    result = psenet.prune(
+        model,
+        (torch.zeros(1, 3, 6, 6), torch.zeros(1, 1, 6, 6)),
+        train,
+        validation,
+        budget=Budget(macs="60%"),
+        out=tmp_path / "run",
+        config=PruneConfig(baseline=short, supernet=short, finetune=short, num_subnets=2, num_evaluations=2),
+    )
+    assert result.record["pruned"]["macs"] <= 0.6 * result.record["baseline"]["macs"]
+    assert result.export.problems == ()
+    inputs = (torch.randn(4, 3, 6, 6), torch.randn(4, 1, 6, 6))
+    loaded = psenet.load(tmp_path / "run", _TwoInputs).eval()
+    assert torch.equal(loaded(*inputs), result.model(*inputs))
