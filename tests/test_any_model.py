@@ -1234,3 +1234,24 @@ def test_an_instance_norm_without_tensors_is_elastic_and_says_its_size():
     assert _names(supernet.space) == ["a", "b"]
     layer = supernet.extract(supernet.space.smallest()).get_submodule("extra")
     assert isinstance(layer, nn.InstanceNorm2d) and layer.num_features == 4
+
+
+class _NormsInAList(nn.Module):
+    """Calls modules of a list and normalises over channels itself, before and after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.LayerNorm(16), nn.LayerNorm(16)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x / (1 + x.var(1, keepdim=True))
+        for norm in self.norms:
+            x = norm(x.movedim(1, -1)).movedim(-1, 1)
+        return x * x.mean(1, keepdim=True)
+
+
+@_MODES
+def test_a_module_that_reduces_beside_norms_in_a_list_is_elastic_and_equal(training: bool):
+    supernet = supernet_of(lambda: _Net(extra=_NormsInAList()))
+    assert _names(supernet.space) == ["a", "b"]
+    assert_guarantee(supernet, training=training)

@@ -43,14 +43,14 @@ def mask_ops(layer: nn.Module, axis: int, ops: Sequence[str], masked: Collection
         finally:
             running.pop()
 
-    def count(_child: nn.Module, *_: Any, by: int) -> None:
+    def count(_part: nn.Module, *_: Any, by: int) -> None:
         if running:
             running[-1].depth += by
 
     layer.forward = forward
-    for child in layer.children():  # what they call is their own affair
-        child.register_forward_pre_hook(functools.partial(count, by=1))
-        child.register_forward_hook(functools.partial(count, by=-1), always_call=True)
+    for part in [*layer.modules()][1:]:  # what the modules inside call is their own affair
+        part.register_forward_pre_hook(functools.partial(count, by=1))
+        part.register_forward_hook(functools.partial(count, by=-1), always_call=True)
 
 
 class _MaskedOps(TorchFunctionMode):
