@@ -62,6 +62,13 @@ def permute(call: Call) -> Value:
     return call.output(value.ids.swapaxes(call["dim0"], call["dim1"]), zero=value.zero)
 
 
+@rule("aten.movedim.int", "aten.movedim.intlist", "aten.moveaxis.int", "aten.moveaxis.intlist")
+def move_axes(call: Call) -> Value:
+    value = call.value(call["self"])
+    ids = value.ids.reshape([1] * (len(value.shape) - value.ids.ndim) + list(value.ids.shape))
+    return call.output(np.moveaxis(ids, call["source"], call["destination"]), zero=value.zero)
+
+
 @rule("aten.expand.default", "aten.expand_as.default")
 def expand(call: Call) -> Value:
     value = call.value(call["self"])
