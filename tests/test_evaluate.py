@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import softmax
-from scipy.stats import sem
 from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
 
@@ -254,14 +253,31 @@ def test_the_paired_difference_counts_only_samples_that_tell_two_nets_apart():
     right = [torch.cat([net(x).argmax(1) == y for x, y in batches]).numpy().astype(float) for net in (one, other)]
     difference, error = paired_difference(one, other, batches)
     assert difference == pytest.approx(accuracy(one, batches) - accuracy(other, batches))
-    assert error == pytest.approx(float(sem(100 * (right[0] - right[1]))))
+    better, worse = int((right[0] > right[1]).sum()), int((right[0] < right[1]).sum())
+    assert better and worse
+    assert error == pytest.approx(100 * math.sqrt(better + worse) / 50)
     assert paired_difference(other, one, batches) == pytest.approx((-difference, error))
     assert paired_difference(one, one, batches) == (0.0, 0.0)
 
 
-def test_the_paired_difference_needs_two_samples():
-    with pytest.raises(InputError, match="at least two labelled samples"):
-        paired_difference(nn.Linear(4, 3), nn.Linear(4, 3), [(torch.zeros(1, 4), torch.zeros(1, dtype=torch.long))])
+def test_one_sample_more_is_no_lead_and_two_are():
+    torch.manual_seed(0)
+    net, other = nn.Linear(4, 3), nn.Linear(4, 3)
+    x = torch.randn(200, 4)
+    ours, theirs = net(x).argmax(1), other(x).argmax(1)
+    differ = torch.nonzero(ours != theirs).flatten()
+    for num_better in (1, 2):
+        labels = theirs.clone()
+        labels[differ] = 3 - ours[differ] - theirs[differ]  # the class that neither says
+        labels[differ[:num_better]] = ours[differ[:num_better]]
+        lead, error = paired_difference(net, other, [(x, labels)])
+        assert lead == pytest.approx(100 * num_better / 200)
+        assert (lead > error) == (num_better > 1)
+
+
+def test_the_paired_difference_of_no_samples_is_refused():
+    with pytest.raises(InputError, match="at least one labelled sample"):
+        paired_difference(nn.Linear(4, 3), nn.Linear(4, 3), [])
 
 
 def test_a_supernet_is_scored_by_soft_accuracy_where_asked():

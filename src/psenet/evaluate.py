@@ -142,13 +142,14 @@ def paired_difference(
 ) -> tuple[float, float]:
     """Return by how much a module's accuracy exceeds another's on the same samples, and the standard error of that.
 
-    Only samples that one of them gets right and the other wrong tell them apart, so the error is that of the paired
-    difference: much less than that of either accuracy.
+    Only samples that one of them gets right and the other wrong tell them apart, so the error is much less than that of
+    either accuracy. It is the error that the difference has where both are equally good (McNemar 1947: the root of the
+    number of such samples), so that a single sample never counts as evidence.
 
     Args:
         module: See `accuracy`.
         other: What it is compared with.
-        batches: Pairs (x, y) as for `accuracy`; at least two labels.
+        batches: Pairs (x, y) as for `accuracy`.
         forward_fn: Runs a module on one batch; by default `module(batch[0])`.
 
     Returns:
@@ -163,10 +164,11 @@ def paired_difference(
                 logits, labels = _checked(run(net, to_device(batch, device_of(net))), batch)
                 right.append((logits.argmax(dim=1).cpu() == labels.cpu()).flatten().double())
             differences.append(right[0] - right[1])
-    if sum(map(len, differences)) < 2:
-        raise InputError("comparing two nets needs at least two labelled samples: check the validation data")
-    difference = 100 * torch.cat(differences)
-    return float(difference.mean()), float(difference.std()) / math.sqrt(len(difference))
+    if not any(map(len, differences)):
+        raise InputError("comparing two nets needs at least one labelled sample; got none: check the validation data")
+    difference = torch.cat(differences)
+    scale = 100 / len(difference)
+    return scale * float(difference.sum()), scale * math.sqrt(float(difference.square().sum()))
 
 
 class SupernetScore:
