@@ -1255,3 +1255,28 @@ def test_a_module_that_reduces_beside_norms_in_a_list_is_elastic_and_equal(train
     supernet = supernet_of(lambda: _Net(extra=_NormsInAList()))
     assert _names(supernet.space) == ["a", "b"]
     assert_guarantee(supernet, training=training)
+
+
+class _Frames(nn.Module):
+    """Takes frames out of the batch's samples, and puts them back."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Conv2d(16, 16, 1), norm, nn.Conv2d(16, 16, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        frames = x.reshape(x.shape[0], 16, 4, -1).transpose(1, 2).reshape(x.shape[0] * 4, 16, 1, -1)
+        return self.inner(frames).reshape(x.shape[0], 4, 16, -1).transpose(1, 2).reshape(x.shape)
+
+
+@_MODES
+def test_channels_of_tensors_without_samples_on_axis_0_are_frozen(training: bool):
+    supernet = supernet_of(lambda: _Net(extra=_Frames(nn.Sigmoid())))
+    assert _names(supernet.space) == ["b"]
+    assert "the samples are not on axis 0" in _reasons(supernet.space)["extra.inner.0"]
+    assert_guarantee(supernet, training=training)
+
+
+def test_a_batch_norm_over_samples_that_are_not_on_axis_0_is_refused():
+    with pytest.raises(InputError, match="whose axis 0 is not that of the 2 samples: subnets in one pass cannot"):
+        supernet_of(lambda: _Net(extra=_Frames(nn.BatchNorm2d(16))))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import fx
 
+from psenet.errors import InputError
 from psenet.tracing.facts import NO_CHANNEL, Constant, ConstantList, Freeze, MacTerm, MaskNeed, Value
 from psenet.tracing.nodes import is_expanded, itemsize_of, shape_of
 
@@ -230,16 +231,39 @@ class Call:
 
     def reads_across(self, value: Value, ids: np.ndarray, axis: int) -> None:
         """Say that this layer mixes the channels of its input, so dropped ones must be zero there."""
-        if not value.zero and value.tracked():
+        if not value.zero and value.tracked() and self._has_samples_first(value, ids):
             self.reading.masks.append(MaskNeed(self.module, ids, axis, "masked_input"))
+
+    def _has_samples_first(self, value: Value, ids: np.ndarray) -> bool:
+        """Tell whether masks of subnets fit the tensor; where they do not, the channels are frozen."""
+        if value.shape[:1] == (self._reader.batch_size,):
+            return True
+        self.freeze(ids, "the samples are not on axis 0")
+        return False
 
     def runs_alone(self, in_ids: np.ndarray, out_ids: np.ndarray, axis: int) -> None:
         """Say that the parallel pass must run this layer subnet by subnet: its weights depend on what is kept."""
-        self.reading.masks.append(MaskNeed(self.module, in_ids, axis, "alone_in"))
-        self.reading.masks.append(MaskNeed(self.module, out_ids, axis, "alone_out"))
+        value = self.value(self.node.args[0])
+        if self._has_samples_first(value, in_ids) and self._has_samples_first(value, out_ids):
+            self.reading.masks.append(MaskNeed(self.module, in_ids, axis, "alone_in"))
+            self.reading.masks.append(MaskNeed(self.module, out_ids, axis, "alone_out"))
+        else:
+            self.freeze(out_ids, "the samples are not on axis 0")
 
     def needs_mask(self, ids: np.ndarray, axis: int, kind: str) -> None:
-        """Say that the parallel pass must prepare this module; see `psenet.space.MaskPlan` for the kinds."""
+        """Say that the parallel pass must prepare this module; see `psenet.space.MaskPlan` for the kinds.
+
+        Raises:
+            InputError: Statistics over the batch, where the samples of one subnet cannot be told from the others'.
+        """
+        value = self.value(self.node.args[0])
+        if not self._has_samples_first(value, ids):
+            if kind == "norm":
+                raise InputError(
+                    f"{self.where()} normalises over the batch a tensor of shape {value.shape}, whose axis 0 is not "
+                    f"that of the {self._reader.batch_size} samples: subnets in one pass cannot have statistics of their own"
+                )
+            return
         self.reading.masks.append(MaskNeed(self.module, ids, axis, kind, self._reader.place_of(self.node)))
 
 

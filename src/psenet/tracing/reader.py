@@ -63,6 +63,8 @@ class Reader:
         self.state_names = {node: (same_tensor or {}).get(name, name) for node, name in names.items()}
         self._user_inputs = set(signature.user_inputs)
         self._graph = program.graph
+        self.batch_size = 0
+        """Samples in the example; a tensor of another size on axis 0 has its samples elsewhere."""
         self._known: dict[fx.Node, Value | tuple[Value, ...]] = {}
         self._inner_names: dict[fx.Node, str] = {}
         self._activations: set[fx.Node] = set()
@@ -141,6 +143,7 @@ class Reader:
         ids = np.full([1] * len(shape), NO_CHANNEL, np.int64)
         if name is None:
             self._activations.add(node)
+            self.batch_size = self.batch_size or (shape[0] if shape else 0)
             return Value(ids, shape, True, itemsize_of(node))
         self.reading.shapes[name] = shape
         long = [axis for axis, size in enumerate(shape) if size > 1]
