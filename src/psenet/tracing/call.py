@@ -261,7 +261,8 @@ class Call:
             if kind == "norm":
                 raise InputError(
                     f"{self.where()} normalises over the batch a tensor of shape {value.shape}, whose axis 0 is not "
-                    f"that of the {self._reader.batch_size} samples: subnets in one pass cannot have statistics of their own"
+                    f"that of the {self._reader.batch_size} samples: subnets in one pass cannot have statistics of "
+                    "their own"
                 )
             return
         self.reading.masks.append(MaskNeed(self.module, ids, axis, kind, self._reader.place_of(self.node)))
