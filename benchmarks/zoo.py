@@ -35,12 +35,13 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import psenet
 from evidence import RESULTS, write_result
+from psenet.cli.inspect import say_cause
 from psenet.export import export_model
+from psenet.inputs import tensors_in
 from psenet.space import WidthSpace
 
 SIZES = (96, 128, 160, 224, 256, 288, 299, 384)
@@ -208,7 +209,7 @@ def _share(space: WidthSpace) -> float:
 def _reasons(space: WidthSpace) -> dict[str, float]:
     shares: dict[str, float] = collections.defaultdict(float)
     for frozen in space.frozen:
-        shares[re.sub(r" in [^ ]*\)$", ")", frozen.reason)] += frozen.macs_share
+        shares[say_cause(frozen.reason)] += frozen.macs_share
     return {reason: round(share, 4) for reason, share in sorted(shares.items(), key=lambda item: -item[1])[:5]}
 
 
@@ -220,17 +221,13 @@ def _difference(model: nn.Module, space: WidthSpace, x: torch.Tensor) -> float:
     batch = torch.randn(6, *x.shape[1:], dtype=torch.float64)
     worst = 0.0
     with torch.no_grad():
-        together = _leaves(supernet(batch, widths))
+        together = tensors_in(supernet(batch, widths))
         for number, setting in enumerate(widths):
             for net in (supernet.extract(setting), supernet.subnet(setting)):
-                for ours, alone in zip(together, _leaves(net(batch[number::3])), strict=True):
+                for ours, alone in zip(together, tensors_in(net(batch[number::3])), strict=True):
                     scale = alone.abs().max().clamp_min(1e-12)
                     worst = max(worst, float((ours[number::3] - alone).abs().max() / scale))
     return worst
-
-
-def _leaves(output: object) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
 
 
 def _onnx(model: nn.Module, space: WidthSpace, x: torch.Tensor) -> bool:

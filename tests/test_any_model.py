@@ -28,9 +28,11 @@ from one_by_one import (
     supernet_of,
 )
 from psenet.errors import InputError
+from psenet.parallel.ops import _AS_TRACED, _MASKED
 from psenet.space import WidthSpace
 from psenet.tracing.call import Call
 from psenet.tracing.facts import Value
+from psenet.tracing.reader import COUNTED_OPS
 from psenet.tracing.rules import RULES
 from psenet.widths import Widths
 
@@ -1280,3 +1282,7 @@ def test_channels_of_tensors_without_samples_on_axis_0_are_frozen(training: bool
 def test_a_batch_norm_over_samples_that_are_not_on_axis_0_is_refused():
     with pytest.raises(InputError, match="whose axis 0 is not that of the 2 samples: subnets in one pass cannot"):
         supernet_of(lambda: _Net(extra=_Frames(nn.BatchNorm2d(16))))
+
+
+def test_the_ops_that_are_counted_are_those_that_can_be_masked():
+    assert {_AS_TRACED.get(name, name) for name in _MASKED} == COUNTED_OPS

@@ -20,11 +20,10 @@ import numpy as np
 import torch
 from torch import nn
 from torch.export import ExportedProgram
-from torch.utils._pytree import tree_leaves
 
 from psenet.artifact import Description, save_weights, write_bytes
 from psenet.evaluate import eval_mode
-from psenet.inputs import as_arguments
+from psenet.inputs import as_arguments, tensors_in
 from psenet.widths import Widths
 
 PROGRAM_NAME = "model.pt2"
@@ -204,7 +203,7 @@ def _serialize(program: ExportedProgram, module: nn.Module, tries: Sequence[Inpu
         torch.export.save(program, file)
         content = file.getvalue()
         reloaded = torch.export.load(io.BytesIO(content)).module()
-        differences = [_difference(_leaves(reloaded(*inputs)), _leaves(module(*inputs))) for inputs in tries]
+        differences = [_difference(tensors_in(reloaded(*inputs)), tensors_in(module(*inputs))) for inputs in tries]
     except _CAPTURE_ERRORS as error:
         raise _ExportError(_reason(error)) from error
     _require_close(float(np.max(differences)))
@@ -242,7 +241,7 @@ def _onnx_difference(content: bytes, module: nn.Module, tries: Sequence[Inputs])
         for inputs in tries:
             feed = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
             outputs = [torch.from_numpy(np.asarray(value)) for value in session.run(None, feed)]
-            differences.append(_difference(outputs, _leaves(module(*inputs))))
+            differences.append(_difference(outputs, tensors_in(module(*inputs))))
     except (*_CAPTURE_ERRORS, *errors) as error:
         raise _ExportError(f"ONNX Runtime cannot run it: {_reason(error)}") from error
     return float(np.max(differences))
@@ -290,10 +289,6 @@ def _other_batch(inputs: Inputs) -> Inputs:
     if inputs[0].shape[0] > 1:
         return tuple(value[:1].clone() for value in inputs)
     return tuple(torch.cat([value, value.flip(-1), value.roll(1, -1)]) for value in inputs)
-
-
-def _leaves(outputs: object) -> list[torch.Tensor]:
-    return [value for value in tree_leaves(outputs) if isinstance(value, torch.Tensor)]
 
 
 def _difference(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> float:

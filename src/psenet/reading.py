@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from psenet.errors import InputError
-from psenet.evaluate import eval_mode as evaluating
+from psenet.evaluate import eval_mode
 from psenet.inputs import Inputs, map_tensors, num_samples, tensors_in
 from psenet.proof import broken_groups
 from psenet.slicing import state_of
@@ -84,7 +84,7 @@ def trace(
 
     left_out: dict[str, str] = {}
     left_out = _left_out(build({}), include, exclude)
-    with evaluating(model):
+    with eval_mode(model):
         broken = broken_groups(
             model, map_tensors(torch.detach, example_input), build, also_in_training=reading.trains_differently
         )
@@ -126,7 +126,7 @@ def read(model: nn.Module, example_input: Inputs, *, opaque: Sequence[str] = ())
             reader.read(counts=counts)
         return ran
 
-    with evaluating(model):
+    with eval_mode(model):
         evaluated = what_runs(model, example_input)
         ran = walk(example_input, counts=True)
         model.train()
@@ -149,10 +149,10 @@ def read(model: nn.Module, example_input: Inputs, *, opaque: Sequence[str] = ())
 def _paths_of(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     """Return the outermost modules that match."""
     names = [path for path, _ in model.named_modules() if path]
-    idle = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
+    idle = [pattern for pattern in patterns if not _matches(names, [pattern])]
     if idle:
         raise InputError(f"opaque: no module matches {idle}; modules are named like {names[:3]}")
-    found = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    found = [name for name in names if _matches([name], patterns)]
     return [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
 
 

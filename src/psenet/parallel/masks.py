@@ -13,6 +13,13 @@ from psenet.tracing.layout import Layout, unit_index
 from psenet.widths import Widths
 
 
+def mask_over(mask_nC: torch.Tensor, x: torch.Tensor, axis: int) -> torch.Tensor:
+    """Return a mask as 0 and 1, broadcastable to x seen as (B / n, n, ...), its channels on this axis of x."""
+    shape = [1] * (x.ndim + 1)
+    shape[1], shape[axis % x.ndim + 1] = mask_nC.shape
+    return mask_nC.reshape(shape).to(x.dtype)
+
+
 class MaskTable:
     """Index tables from which the masks of a step are one comparison.
 

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from psenet.parallel.masks import mask_over
+
 MASK = "psenet_op_mask"
 """Name of the buffer that holds the mask, shape (n, C)."""
 
@@ -78,18 +80,14 @@ class _MaskedOps(TorchFunctionMode):
         if number not in self._masked:
             return func(*args, **given)
         x = args[0] if args else given["input"]
-        return _MASKED[name](x, self._mask_for(x), *args[1:], **{k: v for k, v in given.items() if k != "input"})
+        return _MASKED[name](
+            x, mask_over(self._mask_nC, x, self._axis), *args[1:], **{k: v for k, v in given.items() if k != "input"}
+        )
 
     def finish(self) -> None:
         """Make sure that every op was met."""
         if self._calls != len(self._ops):
             raise RuntimeError(f"calls {self._calls} ops over channels where {len(self._ops)} were expected")
-
-    def _mask_for(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the mask as 0 and 1, broadcastable to (M, n, ...)."""
-        shape = [1] * (x.ndim + 1)
-        shape[1], shape[self._axis % x.ndim + 1] = self._mask_nC.shape
-        return self._mask_nC.reshape(shape).to(x.dtype)
 
 
 def _by_subnet(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from torch.func import functional_call
 
 from psenet.inputs import Inputs, as_arguments, tensors_in
 from psenet.parallel.alone import AloneLayer
-from psenet.parallel.masks import MaskTable
+from psenet.parallel.masks import MaskTable, mask_over
 from psenet.parallel.ops import MASK, mask_ops
 from psenet.slicing import State, narrow_attributes, narrow_module, slice_state, sliced_shapes, state_of
 from psenet.space import WidthSpace
@@ -46,6 +46,11 @@ class ParallelSkeleton:
         self._space = space
         self._plans = space.wiring.masks
         self._folded = [plan.kind == "norm" and _is_batch_norm(model, plan.module) for plan in self._plans]
+        norms = [plan.module for plan, folded in zip(self._plans, self._folded, strict=True) if folded]
+        own = {name for path in norms for name in _norm_tensors(path)}  # copied when they are folded
+        self._buffers = [
+            name for name, tensor in state_of(model).items() if not isinstance(tensor, nn.Parameter) and name not in own
+        ]
         self._table = MaskTable(space, [plan.layout for plan in self._plans], ceiling)
         shapes = sliced_shapes(state_of(model), space, ceiling)
         for plan, folded in zip(self._plans, self._folded, strict=True):
@@ -84,9 +89,8 @@ class ParallelSkeleton:
         """
         masks = self._table.masks(widths, tensors_in(inputs)[0].device)
         tensors = slice_state(state, self._space, self.ceiling)
-        for name, tensor in tensors.items():
-            if not isinstance(state[name], nn.Parameter):  # what a forward writes into its buffers is for nobody
-                tensors[name] = tensor.clone()
+        for name in self._buffers:  # what a forward writes into them is for nobody
+            tensors[name] = tensors[name].clone()
         kept_by = {(plan.module, plan.kind): mask_nC for plan, mask_nC in zip(self._plans, masks, strict=True)}
         for path, layer in self._alone.items():
             layer.prepare(state, widths, kept_by[path, "alone_in"], kept_by[path, "alone_out"])
@@ -168,10 +172,8 @@ def _mask_output(n: int) -> Callable:
 
 def _mask_input(layer: nn.Module, axis: int, n: int) -> Callable[[torch.Tensor], torch.Tensor]:
     def change(x: torch.Tensor) -> torch.Tensor:
-        mask_nC = layer.get_buffer(_MASK)
-        shape = [1] * (x.ndim + 1)
-        shape[1], shape[axis % x.ndim + 1] = n, mask_nC.shape[1]
-        by_subnet = x.reshape(x.shape[0] // n, n, *x.shape[1:]) * mask_nC.reshape(shape).to(x.dtype)
+        mask = mask_over(layer.get_buffer(_MASK), x, axis)
+        by_subnet = x.reshape(x.shape[0] // n, n, *x.shape[1:]) * mask
         return by_subnet.reshape(x.shape)
 
     return change

@@ -244,11 +244,9 @@ class Call:
     def runs_alone(self, in_ids: np.ndarray, out_ids: np.ndarray, axis: int) -> None:
         """Say that the parallel pass must run this layer subnet by subnet: its weights depend on what is kept."""
         value = self.value(self.node.args[0])
-        if self._has_samples_first(value, in_ids) and self._has_samples_first(value, out_ids):
+        if self._has_samples_first(value, np.concatenate([in_ids, out_ids])):
             self.reading.masks.append(MaskNeed(self.module, in_ids, axis, "alone_in"))
             self.reading.masks.append(MaskNeed(self.module, out_ids, axis, "alone_out"))
-        else:
-            self.freeze(out_ids, "the samples are not on axis 0")
 
     def needs_mask(self, ids: np.ndarray, axis: int, kind: str) -> None:
         """Say that the parallel pass must prepare this module; see `psenet.space.MaskPlan` for the kinds.
