@@ -20,6 +20,7 @@ import collections
 import functools
 import json
 import re
+import resource
 import signal
 import tempfile
 import time
@@ -46,8 +47,8 @@ from psenet.space import WidthSpace
 
 SIZES = (96, 128, 160, 224, 256, 288, 299, 384)
 LARGEST, LARGEST_OF_TORCHVISION = 60e6, 150e6
-PATIENCE = 300
-"""Seconds that Torch-Pruning may take for a model."""
+PATIENCE, MEMORY = 150, 8 * 2**30
+"""Seconds and bytes of address space that Torch-Pruning may take for a model; some would fill the machine."""
 TABLE = Path(__file__).parent.parent / "docs" / "zoo.md"
 NUM_CLASSES = 10
 _PRODUCTS = ("bmm", "baddbmm", "attention")
@@ -251,6 +252,8 @@ def _torch_pruning(name: str, x: torch.Tensor) -> dict[str, Any] | str:
     ]
     signal.signal(signal.SIGALRM, _out_of_patience)
     signal.alarm(PATIENCE)
+    unlimited = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, unlimited[1]))
     try:
         before, _ = torch_pruning.utils.count_ops_and_params(model, x)
         importance = torch_pruning.importance.MagnitudeImportance(p=2)
@@ -264,6 +267,7 @@ def _torch_pruning(name: str, x: torch.Tensor) -> dict[str, Any] | str:
         return _say(error)
     finally:
         signal.alarm(0)
+        resource.setrlimit(resource.RLIMIT_AS, unlimited)
     return {"smallest_share": round(after / before, 4)}
 
 

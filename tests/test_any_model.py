@@ -1071,7 +1071,7 @@ _SPELLINGS: dict[str, Between] = {
     "axis for dim": lambda x: x * x.mean(axis=1, keepdim=True),  # pyright: ignore[reportCallIssue]
     "var by position": lambda x: x * x.var(1, True, True),
     "std by position": lambda x: x * torch.std(x, 1, False, True),
-    "mean of another type": lambda x: x * x.mean(1, keepdim=True, dtype=torch.float32),
+    "mean of another type": lambda x: x * x.float().mean(1, keepdim=True, dtype=torch.float64),
 }
 
 

@@ -85,7 +85,7 @@ def _failure(model: nn.Module, space: WidthSpace, example: Inputs, subnets: Sequ
         return None
     n = len(subnets)
     x = _varied(example, n)
-    masked = _outputs(ParallelSkeleton(model, space, space.full(), num_subnets=n), model, x, subnets)
+    masked = _outputs(ParallelSkeleton(model, space, space.full()), model, x, subnets)
     if isinstance(masked, str):
         return f"the model does not run several samples at once: {masked}"
     for number, widths in enumerate(subnets):
@@ -96,7 +96,7 @@ def _failure(model: nn.Module, space: WidthSpace, example: Inputs, subnets: Sequ
                 alone = tensors_in(narrow.eval()(*as_arguments(own)))
         except Exception as error:  # the user's forward may raise anything
             return f"the model's own code fails when it is narrower: {first_line(error)}"
-        problem = _difference(alone, [out[number::n] for out in masked])
+        problem = _difference(alone, [_of_subnet(out, number, n) for out in masked])
         if problem is not None:
             return problem
     return None
@@ -114,6 +114,11 @@ def _varied(example: Inputs, n: int) -> Inputs:
         return x
 
     return map_tensors(vary, example)
+
+
+def _of_subnet(out: torch.Tensor, number: int, n: int) -> torch.Tensor:
+    """Return a subnet's part of an output of two samples for each; what does not hold the samples is everybody's."""
+    return out[number::n] if out.ndim and out.shape[0] == 2 * n else out
 
 
 def _difference(narrow: Sequence[torch.Tensor], masked: Sequence[torch.Tensor]) -> str | None:
@@ -136,7 +141,7 @@ def _failure_in_training(model: nn.Module, space: WidthSpace, example: Inputs, s
     """
     n = len(subnets)
     x = _varied(example, n)
-    skeleton = ParallelSkeleton(model, space, space.full(), num_subnets=n)
+    skeleton = ParallelSkeleton(model, space, space.full())
     skeleton.module.train()
     try:
         with torch.no_grad(), torch.random.fork_rng():
@@ -148,7 +153,7 @@ def _failure_in_training(model: nn.Module, space: WidthSpace, example: Inputs, s
                     for _ in range(2)
                 )
                 if all(torch.equal(one, other) for one, other in zip(alone, again, strict=True)):
-                    problem = _difference(alone, [out[number::n] for out in together])
+                    problem = _difference(alone, [_of_subnet(out, number, n) for out in together])
                     if problem is not None:
                         return f"in training {problem}"
     except Exception as error:  # the user's forward may raise anything

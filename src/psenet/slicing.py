@@ -5,7 +5,8 @@ differentiable views. Nothing else in psenet narrows anything.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -104,32 +105,88 @@ def state_of(model: nn.Module) -> State:
     return state
 
 
-def slice_state(
-    state: Mapping[str, torch.Tensor], space: WidthSpace, widths: Widths, *, names: Iterable[str] | None = None
-) -> State:
-    """Take from every tensor what a subnet keeps.
+class SlicePlan:
+    """What to take from every tensor of a model for one subnet; worked out once, applied at every step.
 
     Args:
-        state: Full-width tensors by name (see `state_of`).
         space: The width space of the model.
         widths: The subnet.
-        names: The tensors to take; None for all.
-
-    Returns:
-        The same names with narrower tensors: views wherever the kept channels stand in one piece, else concatenations
-        of views; differentiable either way.
+        names: The tensors that will be asked for; None for all.
     """
-    units = space.units(widths)
-    narrow = dict(state) if names is None else {name: state[name] for name in names}
-    for name in [*narrow]:
-        tensor = state[name]
-        for axis, layout in enumerate(space.wiring.layouts.get(name, ())):
-            pieces = segments(layout, units)
-            if pieces != [(0, tensor.shape[axis])]:
-                views = [tensor.narrow(axis, start, length) for start, length in pieces]
-                tensor = views[0] if len(views) == 1 else torch.cat(views, axis)
-        narrow[name] = tensor
-    return narrow
+
+    def __init__(self, space: WidthSpace, widths: Widths, names: Collection[str] | None = None) -> None:
+        units = space.units(widths)
+        self._cuts: dict[str, _Cuts] = {}
+        for name, layouts in space.wiring.layouts.items():
+            if names is not None and name not in names:
+                continue
+            pieces = [segments(layout, units) for layout in layouts]
+            lengths = [sum(run.length for run in layout) for layout in layouts]
+            cuts = [
+                (axis, runs)
+                for axis, (runs, length) in enumerate(zip(pieces, lengths, strict=True))
+                if runs != [(0, length)]
+            ]
+            if cuts:
+                self._cuts[name] = cuts
+
+    def __call__(self, state: Mapping[str, torch.Tensor]) -> State:
+        """Take from full-width tensors by name (see `state_of`) what the subnet keeps.
+
+        Returns:
+            The same names with narrower tensors: views wherever the kept channels stand in one piece, else
+            concatenations of views; differentiable either way.
+        """
+        return {name: self._take(name, tensor) for name, tensor in state.items()}
+
+    def _take(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        cuts = self._cuts.get(name)
+        if not cuts:
+            return tensor
+        if tensor.requires_grad and torch.is_grad_enabled():
+            return _Take.apply(tensor, cuts)  # pyright: ignore[reportReturnType]
+        return _take(tensor, cuts)
+
+
+def slice_state(state: Mapping[str, torch.Tensor], space: WidthSpace, widths: Widths) -> State:
+    """Apply a `SlicePlan` once."""
+    return SlicePlan(space, widths)(state)
+
+
+_Cuts = list[tuple[int, list[tuple[int, int]]]]
+"""By axis, the pieces (start, length) that are kept."""
+
+
+class _Take(torch.autograd.Function):
+    """Slices of all axes at once: the gradient is filled with zeros once, not once for every axis."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, cuts: _Cuts) -> torch.Tensor:
+        ctx.shape, ctx.cuts = tensor.shape, cuts
+        return _take(tensor, cuts)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (grad,) = grad_outputs
+        full = grad.new_zeros(ctx.shape)
+        _put(full, grad, ctx.cuts)
+        return full, None
+
+
+def _take(tensor: torch.Tensor, cuts: _Cuts) -> torch.Tensor:
+    for axis, runs in cuts:
+        views = [tensor.narrow(axis, start, length) for start, length in runs]
+        tensor = views[0] if len(views) == 1 else torch.cat(views, axis)
+    return tensor
+
+
+def _put(full: torch.Tensor, part: torch.Tensor, cuts: _Cuts) -> None:
+    if not cuts:
+        full.copy_(part)
+        return
+    (axis, runs), *rest = cuts
+    for start, length, piece in zip(*zip(*runs, strict=True), part.split([n for _, n in runs], axis), strict=True):
+        _put(full.narrow(axis, start, length), piece, rest)
 
 
 def sliced_shapes(state: Mapping[str, torch.Tensor], space: WidthSpace, widths: Widths) -> dict[str, tuple[int, ...]]:

@@ -5,13 +5,21 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from psenet.errors import InputError
-from psenet.inputs import Inputs, map_tensors, num_samples, tensors_in
+from psenet.inputs import Inputs, num_samples
+from psenet.memory_format import ImageLayout
 from psenet.parallel.skeleton import ParallelSkeleton
-from psenet.slicing import load_slices, narrow_attributes, narrow_module, slice_state, sliced_shapes, state_of
+from psenet.slicing import (
+    SlicePlan,
+    load_slices,
+    narrow_attributes,
+    narrow_module,
+    slice_state,
+    sliced_shapes,
+    state_of,
+)
 from psenet.space import WidthSpace
 from psenet.widths import Widths
 
@@ -45,7 +53,12 @@ class Supernet(nn.Module):
         self.space = space
         ceilings = {space.uniform(keep_ratio): None for keep_ratio in sorted({*strata, 1.0}, reverse=True)}
         self.strata: tuple[Widths, ...] = tuple(sorted(ceilings, key=space.macs))
-        self._skeletons: OrderedDict[tuple[Widths, int], ParallelSkeleton] = OrderedDict()
+        self._skeletons: OrderedDict[Widths, ParallelSkeleton] = OrderedDict()
+        self._layout = ImageLayout(self.model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the skeletons out of copies: their layers refer to each other, and they are quickly made again."""
+        return {**self.__dict__, "_skeletons": OrderedDict()}
 
     def forward(self, x: Inputs, widths: Widths | Sequence[Widths]) -> Any:
         """Run one subnet on the whole batch, or several on interleaved parts of it.
@@ -68,11 +81,7 @@ class Supernet(nn.Module):
         n, batch_size = len(subnets), num_samples(x)
         if not 1 <= n <= batch_size:
             raise InputError(f"a batch of {batch_size} samples takes 1 to {batch_size} subnets; got {n}")
-        if n == 1:
-            return self._pass(x, subnets, subnets[0])
-        if batch_size % n:
-            return self._one_by_one(x, subnets)
-        return self._pass(x, subnets, self.ceiling(subnets))
+        return self._pass(x, subnets, subnets[0] if n == 1 else self.ceiling(subnets))
 
     def ceiling(self, widths: Sequence[Widths]) -> Widths:
         """Return the lowest stratum that holds all of these subnets.
@@ -95,9 +104,9 @@ class Supernet(nn.Module):
         gradients reach them. Its buffers (batch-norm statistics) are its own copies: using it in train mode or
         recalibrating it changes nothing else. It cannot be deep-copied or saved as weights; `extract` can.
         """
-        state = state_of(self.model)
+        state, plan = state_of(self.model), SlicePlan(self.space, widths)
         module = self._narrow(widths, device="meta")
-        slices = slice_state(state, self.space, widths)
+        slices = plan(state)
         owners = {name: _owner(module, name) for name in slices}
         buffers = {name for name, tensor in state.items() if not isinstance(tensor, nn.Parameter)}
         for name in buffers:
@@ -105,7 +114,7 @@ class Supernet(nn.Module):
             layer._buffers[local] = slices[name].detach().clone()
 
         def refresh(_module: nn.Module, _args: object) -> None:
-            for name, tensor in slice_state(state_of(self.model), self.space, widths).items():
+            for name, tensor in plan(state_of(self.model)).items():
                 if name not in buffers:
                     layer, local = owners[name]
                     layer._parameters[local] = tensor  # pyright: ignore[reportArgumentType]
@@ -127,28 +136,14 @@ class Supernet(nn.Module):
         return narrow_module(self.model, shapes, attributes=attributes, device=device)
 
     def _pass(self, x: Inputs, subnets: list[Widths], ceiling: Widths) -> Any:
-        key = (ceiling, len(subnets))
-        skeleton = self._skeletons.get(key)
+        skeleton = self._skeletons.get(ceiling)
         if skeleton is None:
-            skeleton = ParallelSkeleton(self.model, self.space, ceiling, num_subnets=len(subnets))
-            self._skeletons[key] = skeleton
+            skeleton = self._skeletons[ceiling] = ParallelSkeleton(self.model, self.space, ceiling)
             if len(self._skeletons) > _MAX_SKELETONS:
                 self._skeletons.popitem(last=False)
-        self._skeletons.move_to_end(key)
+        self._skeletons.move_to_end(ceiling)
         skeleton.module.train(self.training)
-        return skeleton(state_of(self.model), x, subnets)
-
-    def _one_by_one(self, x: Inputs, subnets: list[Widths]) -> Any:
-        """Serve a batch that the number of subnets does not divide: exact, and as slow as n passes."""
-        n = len(subnets)
-        outputs = [
-            self._pass(map_tensors(lambda tensor, first=first: tensor[first::n], x), [setting], setting)
-            for first, setting in enumerate(subnets)
-        ]
-        order = torch.cat([torch.arange(first, num_samples(x), n) for first in range(n)]).argsort()
-        parts = zip(*map(tensors_in, outputs), strict=True)
-        whole = iter([torch.cat(part)[order.to(part[0].device)] for part in parts])
-        return map_tensors(lambda _: next(whole), outputs[0])
+        return skeleton(state_of(self.model), self._layout(x), subnets)
 
 
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from toys import NoisyImages, make_loader, make_net, train_quietly
 
+from psenet.memory_format import ImageLayout
 from psenet.training import TrainConfig
-from psenet.training.plain import _InputLayout
 
 
 class Viewing(nn.Sequential):
@@ -52,7 +52,7 @@ def test_trying_the_layout_out_changes_neither_statistics_nor_the_random_state_n
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     x = torch.randn(8, 3, 6, 6)
     given, state = x.clone(), torch.get_rng_state()
-    laid_out = _InputLayout(model)(x)
+    laid_out = ImageLayout(model)(x)
     assert torch.equal(laid_out, given)
     assert laid_out.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(x, given)
@@ -62,4 +62,4 @@ def test_trying_the_layout_out_changes_neither_statistics_nor_the_random_state_n
 
 def test_inputs_that_are_no_images_stay_as_they_are():
     x = torch.randn(8, 3)
-    assert _InputLayout(nn.Linear(3, 2))(x) is x
+    assert ImageLayout(nn.Linear(3, 2))(x) is x

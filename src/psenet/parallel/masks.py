@@ -1,9 +1,13 @@
-"""0/1 masks of several subnets over the channels of a ceiling.
+"""Which samples and channels belong to which subnet, and 0/1 masks over them.
 
-Legend: n subnets, C channels of one axis at the ceiling, A channels of all masked axes together.
+Inside a pass the samples of one subnet stand in one block: first all those of subnet 0, then those of subnet 1.
+
+Legend: n subnets, B batch, C channels of one axis at the ceiling, A channels of all masked axes together.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -12,16 +16,64 @@ from psenet.space import WidthSpace
 from psenet.tracing.layout import Layout, unit_index
 from psenet.widths import Widths
 
+MASK = "psenet_mask"
+"""Name of the buffer that holds a layer's mask of a step, bool of shape (n, C)."""
 
-def mask_over(mask_nC: torch.Tensor, x: torch.Tensor, axis: int) -> torch.Tensor:
-    """Return a mask as 0 and 1, broadcastable to x seen as (B / n, n, ...), its channels on this axis of x."""
-    shape = [1] * (x.ndim + 1)
-    shape[1], shape[axis % x.ndim + 1] = mask_nC.shape
-    return mask_nC.reshape(shape).to(x.dtype)
+
+@dataclass(frozen=True)
+class Blocks:
+    """The samples of n subnets: from the order of a batch, where sample j is of subnet j mod n, to blocks and back.
+
+    Attributes:
+        num_subnets: n.
+        batch_size: B; the sizes of two blocks differ by one where n does not divide it.
+    """
+
+    num_subnets: int
+    batch_size: int
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Return how many samples each subnet has."""
+        return [len(range(first, self.batch_size, self.num_subnets)) for first in range(self.num_subnets)]
+
+    @cached_property
+    def _order(self) -> torch.Tensor:
+        n, batch_size = self.num_subnets, self.batch_size
+        return torch.cat([torch.arange(first, batch_size, n) for first in range(n)])
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (B, ...) in blocks."""
+        return x if self.num_subnets == 1 else x.index_select(0, self._order.to(x.device))
+
+    def scatter(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (B, ...) from blocks in the order of the batch; what has no samples on axis 0 stays as it is."""
+        if self.num_subnets == 1 or not x.ndim or x.shape[0] != self.batch_size:
+            return x
+        return x.index_select(0, self._order.argsort().to(x.device))
+
+    def by_sample(self, per_subnet: torch.Tensor) -> torch.Tensor:
+        """Return (n, ...) as (B, ...): to every sample what is its subnet's."""
+        if self.batch_size % self.num_subnets == 0:
+            return per_subnet.repeat_interleave(self.batch_size // self.num_subnets, dim=0)
+        return per_subnet.repeat_interleave(torch.tensor(self.sizes, device=per_subnet.device), dim=0)
+
+    def mask_over(self, mask_nC: torch.Tensor, x: torch.Tensor, axis: int) -> torch.Tensor:
+        """Return a mask as 0 and 1, broadcastable to x of shape (B, ...), its channels on this axis of x."""
+        shape = [1] * x.ndim
+        shape[0], shape[axis % x.ndim] = self.batch_size, mask_nC.shape[1]
+        return self.by_sample(mask_nC).reshape(shape).to(x.dtype)
+
+
+class Current:
+    """What the layers of our own copy share during one pass."""
+
+    def __init__(self) -> None:
+        self.blocks = Blocks(1, 1)
 
 
 class MaskTable:
-    """Index tables from which the masks of a step are one comparison.
+    """Index tables from which the masks of a step are one comparison, on the device where they are needed.
 
     Args:
         space: The width space.
@@ -33,12 +85,15 @@ class MaskTable:
         units = space.units(ceiling)
         indices = [unit_index(layout, units) for layout in layouts]
         self._space = space
-        self._group_A = np.concatenate([np.zeros(0, np.int64), *(group_C for group_C, _ in indices)])
-        self._unit_A = np.concatenate([np.zeros(0, np.int64), *(unit_C for _, unit_C in indices)])
+        self._group_A = torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *(group_C for group_C, _ in indices)]))
+        self._unit_A = torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *(unit_C for _, unit_C in indices)]))
         self._sizes = [len(group_C) for group_C, _ in indices]
 
     def masks(self, widths: Sequence[Widths], device: torch.device) -> list[torch.Tensor]:
         """Return one bool mask of shape (n, C) per axis: True where the subnet keeps the channel."""
-        units_nG = np.array([(*self._space.units(setting), np.iinfo(np.int64).max) for setting in widths])
-        keep_nA = torch.from_numpy(self._unit_A[None] < units_nG[:, self._group_A])
-        return list(keep_nA.to(device, non_blocking=True).split(self._sizes, dim=1))
+        if self._unit_A.device != device:
+            self._group_A, self._unit_A = self._group_A.to(device), self._unit_A.to(device)
+        # Frozen channels have the group -1, the last column, of which everything is kept.
+        units_nG = torch.tensor([(*self._space.units(setting), np.iinfo(np.int64).max) for setting in widths])
+        keep_nA = self._unit_A < units_nG.to(device, non_blocking=True)[:, self._group_A]
+        return list(keep_nA.split(self._sizes, dim=1))

@@ -3,7 +3,7 @@
 Layer norms, means over channels and batch norms that a module calls as functions are replaced while that module of our
 own copy runs; every other op runs as it is.
 
-Legend: n subnets, B batch, C channels at the ceiling, M = B / n samples a subnet.
+Legend: n subnets, B batch, C channels at the ceiling. Samples stand in blocks, one for each subnet.
 """
 
 import functools
@@ -15,18 +15,16 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from psenet.parallel.masks import mask_over
-
-MASK = "psenet_op_mask"
-"""Name of the buffer that holds the mask, shape (n, C)."""
+from psenet.parallel import norms
+from psenet.parallel.masks import MASK, Blocks, Current
 
 
-def mask_ops(layer: nn.Module, axis: int, ops: Sequence[str], masked: Collection[int]) -> None:
+def mask_ops(layer: nn.Module, current: Current, axis: int, ops: Sequence[str], masked: Collection[int]) -> None:
     """Make ops over channels that a module calls see the kept channels only.
 
     Args:
-        layer: A module of our own copy; it gets a buffer for the mask of the n subnets. Sample j belongs to subnet
-            j mod n.
+        layer: A module of our own copy; it gets a buffer `MASK` for the masks of a step.
+        current: Says which samples belong to which subnet.
         axis: The channel axis of what the ops read.
         ops: All the ops that the module calls itself and that may run over channels, in order.
         masked: Which of them do.
@@ -36,7 +34,7 @@ def mask_ops(layer: nn.Module, axis: int, ops: Sequence[str], masked: Collection
     running: list[_MaskedOps] = []
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        running.append(_MaskedOps(layer.get_buffer(MASK), axis, ops, masked))
+        running.append(_MaskedOps(_Kept(layer.get_buffer(MASK), current.blocks, axis), ops, masked))
         try:
             with running[-1]:
                 result = run(*args, **kwargs)
@@ -58,11 +56,10 @@ def mask_ops(layer: nn.Module, axis: int, ops: Sequence[str], masked: Collection
 class _MaskedOps(TorchFunctionMode):
     """Replaces some of the ops that a module calls itself, told by their order."""
 
-    def __init__(self, mask_nC: torch.Tensor, axis: int, ops: Sequence[str], masked: Collection[int]) -> None:
+    def __init__(self, kept: "_Kept", ops: Sequence[str], masked: Collection[int]) -> None:
         super().__init__()
         self.depth = 0
-        self._mask_nC = mask_nC
-        self._axis = axis
+        self._kept = kept
         self._ops = ops
         self._masked = masked
         self._calls = 0
@@ -80,9 +77,8 @@ class _MaskedOps(TorchFunctionMode):
         if number not in self._masked:
             return func(*args, **given)
         x = args[0] if args else given["input"]
-        return _MASKED[name](
-            x, mask_over(self._mask_nC, x, self._axis), *args[1:], **{k: v for k, v in given.items() if k != "input"}
-        )
+        others = {key: value for key, value in given.items() if key != "input"}
+        return _MASKED[name](x, self._kept, *args[1:], **others)
 
     def finish(self) -> None:
         """Make sure that every op was met."""
@@ -90,13 +86,20 @@ class _MaskedOps(TorchFunctionMode):
             raise RuntimeError(f"calls {self._calls} ops over channels where {len(self._ops)} were expected")
 
 
-def _by_subnet(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    n = mask.shape[1]
-    return x.reshape(x.shape[0] // n, n, *x.shape[1:])
+class _Kept:
+    """Which channels count, for the samples of each subnet."""
+
+    def __init__(self, mask_nC: torch.Tensor, blocks: Blocks, axis: int) -> None:
+        self.mask_nC = mask_nC
+        self.blocks = blocks
+        self._axis = axis
+
+    def over(self, x: torch.Tensor) -> torch.Tensor:
+        return self.blocks.mask_over(self.mask_nC, x, self._axis)
 
 
 def _kept_mean(x: torch.Tensor, mask: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:
-    """Return the mean of (M, n, ...) over axes, the kept channels alone, axes kept."""
+    """Return the mean of (B, ...) over axes, the kept channels alone, axes kept."""
     size = math.prod(x.shape[axis] for axis in axes)
     count = mask.sum(tuple(axes), keepdim=True) * (size / math.prod(mask.shape[axis] for axis in axes))
     return (x * mask).sum(tuple(axes), keepdim=True) / count
@@ -108,35 +111,33 @@ def _last(x: torch.Tensor, num: int) -> list[int]:
 
 def _layer_norm(
     x: torch.Tensor,
-    mask: torch.Tensor,
+    kept: _Kept,
     normalized_shape: Sequence[int],
     weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     eps: float = 1e-5,
     *_: object,
 ) -> torch.Tensor:
-    split = _by_subnet(x, mask)
-    axes = _last(split, len(normalized_shape))
-    centred = (split - _kept_mean(split, mask, axes)) * mask
-    return _scale(centred, mask, _kept_mean(centred.square(), mask, axes), eps, weight, bias).reshape(x.shape)
+    mask, axes = kept.over(x), _last(x, len(normalized_shape))
+    centred = (x - _kept_mean(x, mask, axes)) * mask
+    return _scale(centred, mask, _kept_mean(centred.square(), mask, axes), eps, weight, bias)
 
 
 def _rms_norm(
     x: torch.Tensor,
-    mask: torch.Tensor,
+    kept: _Kept,
     normalized_shape: Sequence[int],
     weight: torch.Tensor | None = None,
     eps: float | None = None,
 ) -> torch.Tensor:
-    split = _by_subnet(x, mask)
-    axes = _last(split, len(normalized_shape))
+    mask, axes = kept.over(x), _last(x, len(normalized_shape))
     eps = torch.finfo(x.dtype).eps if eps is None else eps
-    return _scale(split * mask, mask, _kept_mean(split.square(), mask, axes), eps, weight, None).reshape(x.shape)
+    return _scale(x * mask, mask, _kept_mean(x.square(), mask, axes), eps, weight, None)
 
 
 def _group_norm(
     x: torch.Tensor,
-    mask: torch.Tensor,
+    kept: _Kept,
     num_groups: int,
     weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
@@ -144,11 +145,10 @@ def _group_norm(
     *_: object,
 ) -> torch.Tensor:
     assert num_groups == 1, "several groups live and die as wholes and need no mask"
-    split = _by_subnet(x, mask)
-    axes = list(range(2, split.ndim))
-    centred = (split - _kept_mean(split, mask, axes)) * mask
+    mask, axes = kept.over(x), list(range(1, x.ndim))
+    centred = (x - _kept_mean(x, mask, axes)) * mask
     weight, bias = (None if tensor is None else tensor.reshape(-1, *[1] * (x.ndim - 2)) for tensor in (weight, bias))
-    return _scale(centred, mask, _kept_mean(centred.square(), mask, axes), eps, weight, bias).reshape(x.shape)
+    return _scale(centred, mask, _kept_mean(centred.square(), mask, axes), eps, weight, bias)
 
 
 def _scale(
@@ -165,16 +165,14 @@ def _scale(
     return out if bias is None else out + bias * mask
 
 
-def _mean(x: torch.Tensor, mask: torch.Tensor, dim: Any = None, keepdim: bool = False, **given: Any) -> torch.Tensor:
+def _mean(x: torch.Tensor, kept: _Kept, dim: Any = None, keepdim: bool = False, **given: Any) -> torch.Tensor:
     x, axes = x.to(given.get("dtype") or x.dtype), _axes(x, given.get("axis", dim))
-    means = _kept_mean(_by_subnet(x, mask), mask.to(x.dtype), [axis + 1 for axis in axes])
-    return _reduced(means, x, axes, keepdim)
+    return _reduced(_kept_mean(x, kept.over(x), axes), x, axes, keepdim)
 
 
-def _sum(x: torch.Tensor, mask: torch.Tensor, dim: Any = None, keepdim: bool = False, **given: Any) -> torch.Tensor:
+def _sum(x: torch.Tensor, kept: _Kept, dim: Any = None, keepdim: bool = False, **given: Any) -> torch.Tensor:
     x, axes = x.to(given.get("dtype") or x.dtype), _axes(x, given.get("axis", dim))
-    kept = _by_subnet(x, mask) * mask.to(x.dtype)
-    return _reduced(kept.sum([axis + 1 for axis in axes], keepdim=True), x, axes, keepdim)
+    return _reduced((x * kept.over(x)).sum(axes, keepdim=True), x, axes, keepdim)
 
 
 def _reduced(result: torch.Tensor, x: torch.Tensor, axes: list[int], keepdim: bool) -> torch.Tensor:
@@ -190,7 +188,7 @@ def _axes(x: torch.Tensor, dim: Any) -> list[int]:
 
 def _batch_norm(
     x: torch.Tensor,
-    mask: torch.Tensor,
+    kept: _Kept,
     running_mean: torch.Tensor | None,
     running_var: torch.Tensor | None,
     weight: torch.Tensor | None = None,
@@ -198,22 +196,14 @@ def _batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
-    *_: object,
 ) -> torch.Tensor:
-    n, num_channels = mask.shape[1], x.shape[1]
-    mean, variance = (None if tensor is None else tensor.detach().repeat(n) for tensor in (running_mean, running_var))
-    split = x.reshape(x.shape[0] // n, n * num_channels, *x.shape[2:])
-    out = nn.functional.batch_norm(split, mean, variance, None, None, training, momentum, eps)
-    out = out.reshape(x.shape[0] // n, n, *x.shape[1:]) * mask
-    for tensor, combine in ((weight, torch.mul), (bias, torch.add)):
-        if tensor is not None:
-            out = combine(out, tensor.reshape(-1, *[1] * (x.ndim - 2)) * mask)
-    return out.reshape(x.shape)
+    statistics = None if training else (running_mean, running_var)
+    return norms.batch_norm(x, kept.mask_nC, kept.blocks, weight=weight, bias=bias, statistics=statistics, eps=eps)
 
 
 def _variance(
     x: torch.Tensor,
-    mask: torch.Tensor,
+    kept: _Kept,
     dim: Any = None,
     unbiased: bool = True,
     keepdim: bool = False,
@@ -221,32 +211,31 @@ def _variance(
     correction: float | None = None,
     axis: Any = None,
 ) -> torch.Tensor:
-    axes = _axes(x, dim if axis is None else axis)
-    split, inner = _by_subnet(x, mask), [axis + 1 for axis in axes]
-    centred = (split - _kept_mean(split, mask, inner)) * mask
-    size = math.prod(split.shape[axis] for axis in inner) / math.prod(mask.shape[axis] for axis in inner)
-    freedom = mask.sum(inner, keepdim=True) * size - (int(unbiased) if correction is None else correction)
-    return _reduced(centred.square().sum(inner, keepdim=True) / freedom, x, axes, keepdim)
+    mask, axes = kept.over(x), _axes(x, dim if axis is None else axis)
+    centred = (x - _kept_mean(x, mask, axes)) * mask
+    size = math.prod(x.shape[axis] for axis in axes) / math.prod(mask.shape[axis] for axis in axes)
+    freedom = mask.sum(axes, keepdim=True) * size - (int(unbiased) if correction is None else correction)
+    return _reduced(centred.square().sum(axes, keepdim=True) / freedom, x, axes, keepdim)
 
 
-def _deviation(x: torch.Tensor, mask: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    return _variance(x, mask, *args, **kwargs).sqrt()
+def _deviation(x: torch.Tensor, kept: _Kept, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return _variance(x, kept, *args, **kwargs).sqrt()
 
 
 def _filled(function: Callable, value: float) -> Callable[..., torch.Tensor]:
     """Return the function of a tensor in which dropped channels have a value that does not count."""
 
-    def masked(x: torch.Tensor, mask: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return function(_by_subnet(x, mask).masked_fill(mask == 0, value).reshape(x.shape), *args, **kwargs)
+    def masked(x: torch.Tensor, kept: _Kept, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return function(x.masked_fill(kept.over(x) == 0, value), *args, **kwargs)
 
     return masked
 
 
 _MASKED: dict[str, Callable[..., torch.Tensor]] = {
+    "batch_norm": _batch_norm,
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,
     "group_norm": _group_norm,
-    "batch_norm": _batch_norm,
     "mean": _mean,
     "sum": _sum,
     "var": _variance,

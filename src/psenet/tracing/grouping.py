@@ -282,7 +282,9 @@ def _one_per_module(needs: list[MaskNeed]) -> Iterable[MaskNeed]:
 
 def _masked_ops(reading: Reading, need: MaskNeed) -> tuple[tuple[str, ...], frozenset[int]]:
     """Return the counted ops of the module, and which of them need the mask."""
-    if need.kind not in ("op", "norm") or need.module not in reading.ops:
+    if need.kind == "norm" and need.module not in reading.ops:  # inside an opaque module
+        return ("batch_norm",), frozenset({0})
+    if need.kind not in ("op", "norm"):
         return (), frozenset()
     calls = {other.call for other in reading.masks if (other.module, other.kind) == (need.module, need.kind)}
     return reading.ops[need.module][0], frozenset(calls)

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.func import functional_call
 from torch.utils.data import DataLoader
 
 from psenet.errors import InputError
-from psenet.inputs import Inputs, as_arguments
+from psenet.inputs import as_arguments
+from psenet.memory_format import ImageLayout
 from psenet.training.config import TrainConfig
 from psenet.training.loop import Batch, fit
 from psenet.training.losses import LossFn, cross_entropy, mixed_loss
@@ -52,7 +52,7 @@ def train_model(
     if config.distill_weight == 0:
         teacher = None
 
-    layout = _InputLayout(model)
+    layout = ImageLayout(model)
 
     def step(module: nn.Module, batch: Batch, number: int, backward: Callable[[torch.Tensor], None]) -> torch.Tensor:
         x, labels = batch
@@ -71,31 +71,3 @@ def train_model(
         show_progress=show_progress,
         max_steps=max_steps,
     )
-
-
-class _InputLayout:
-    """Lays images out channels-last, if the model can read them so: a step is then 1.3 to 1.7 times as fast on a CPU.
-
-    The weights stay as they are. A model that views a feature map as a vector refuses; it is tried out once.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._is_possible: bool | None = None
-
-    def __call__(self, x: Inputs) -> Inputs:
-        if self._is_possible is False or not isinstance(x, torch.Tensor) or x.ndim != 4:
-            return x
-        channels_last = x.contiguous(memory_format=torch.channels_last)
-        if self._is_possible is None:
-            self._is_possible = self._runs(channels_last[:2].clone(memory_format=torch.preserve_format))
-        return channels_last if self._is_possible else x
-
-    def _runs(self, x: torch.Tensor) -> bool:
-        buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-                functional_call(self._model, buffers, (x,))
-        except RuntimeError:
-            return False
-        return True
