@@ -13,6 +13,9 @@ from torch.nn import functional as F
 from psenet.devices import to_device
 from psenet.inputs import Inputs, as_arguments, num_samples
 from psenet.supernet import Supernet
+from psenet.training.config import TrainConfig
+from psenet.training.losses import cross_entropy
+from psenet.training.steps import Task
 from psenet.training.strategies import make_strategy
 
 _WARMUP, _MEASURED = 1, 4
@@ -52,12 +55,12 @@ def estimate_seconds(
     plain = copy.deepcopy(model).to(device).train()
     plain_seconds = _median_seconds(lambda: _step(plain, plain(*as_arguments(x)), labels))
     elastic = copy.deepcopy(supernet).to(device).train()
-    chosen = make_strategy(strategy, supernet.space, num_subnets=min(num_subnets, max(1, size // 2)), seed=0)
+    chosen = make_strategy(strategy, supernet.space, num_subnets=num_subnets, seed=0)
+    task = Task(cross_entropy(), TrainConfig())
 
     def supernet_step() -> None:
-        widths = chosen.next_widths()
-        for part in [[setting] for setting in widths] if chosen.serial else [widths]:
-            _step(elastic, elastic(x, part), labels)
+        elastic.zero_grad()
+        chosen.train(elastic, x, labels, chosen.next_widths(), task, torch.Tensor.backward)
 
     supernet_seconds = _median_seconds(supernet_step)
     with torch.no_grad():

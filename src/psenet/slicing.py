@@ -112,15 +112,23 @@ class SlicePlan:
         space: The width space of the model.
         widths: The subnet.
         names: The tensors that will be asked for; None for all.
+        from_right: Keep the last channels of every group instead of the first.
     """
 
-    def __init__(self, space: WidthSpace, widths: Widths, names: Collection[str] | None = None) -> None:
+    def __init__(
+        self,
+        space: WidthSpace,
+        widths: Widths,
+        names: Collection[str] | None = None,
+        *,
+        from_right: bool = False,
+    ) -> None:
         units = space.units(widths)
         self._cuts: dict[str, _Cuts] = {}
         for name, layouts in space.wiring.layouts.items():
             if names is not None and name not in names:
                 continue
-            pieces = [segments(layout, units) for layout in layouts]
+            pieces = [segments(layout, units, from_right=from_right) for layout in layouts]
             lengths = [sum(run.length for run in layout) for layout in layouts]
             cuts = [
                 (axis, runs)

@@ -60,7 +60,7 @@ class Supernet(nn.Module):
         """Leave the skeletons out of copies: their layers refer to each other, and they are quickly made again."""
         return {**self.__dict__, "_skeletons": OrderedDict()}
 
-    def forward(self, x: Inputs, widths: Widths | Sequence[Widths]) -> Any:
+    def forward(self, x: Inputs, widths: Widths | Sequence[Widths], *, from_right: bool = False) -> Any:
         """Run one subnet on the whole batch, or several on interleaved parts of it.
 
         Several are computed in one pass at the lowest stratum that holds them all. Outputs and gradients are those of
@@ -70,18 +70,24 @@ class Supernet(nn.Module):
         Args:
             x: Input, shape (B, ...), or a tuple of the model's arguments with B samples each.
             widths: One subnet, or n of them: sample j goes through `widths[j % n]`.
+            from_right: Keep the last channels of every group instead of the first; for one subnet.
 
         Returns:
             What the model returns, samples in the order of `x`.
 
         Raises:
-            InputError: Widths are not of this space, there are none, or more than samples; inputs of different sizes.
+            InputError: Widths are not of this space, there are none, or more than samples; inputs of different sizes;
+                several subnets from the right.
         """
         subnets = [widths] if isinstance(widths, Widths) else list(widths)
         n, batch_size = len(subnets), num_samples(x)
         if not 1 <= n <= batch_size:
             raise InputError(f"a batch of {batch_size} samples takes 1 to {batch_size} subnets; got {n}")
-        return self._pass(x, subnets, subnets[0] if n == 1 else self.ceiling(subnets))
+        if from_right and n > 1:
+            raise InputError(f"from_right is for a single subnet; got {n}")
+        slices = SlicePlan(self.space, subnets[0], from_right=True) if from_right else None
+        skeleton = self._skeleton(subnets[0] if n == 1 else self.ceiling(subnets))
+        return skeleton(state_of(self.model), self._layout(x), subnets, slices)
 
     def ceiling(self, widths: Sequence[Widths]) -> Widths:
         """Return the lowest stratum that holds all of these subnets.
@@ -97,14 +103,18 @@ class Supernet(nn.Module):
                 return stratum
         raise AssertionError("the highest stratum is the full model")
 
-    def subnet(self, widths: Widths) -> nn.Module:
+    def subnet(self, widths: Widths, *, from_right: bool = False) -> nn.Module:
         """Return a plain module that shares the supernet's weights.
 
         Its parameters are re-sliced from the supernet at every call, so it always shows the current weights and its
         gradients reach them. Its buffers (batch-norm statistics) are its own copies: using it in train mode or
         recalibrating it changes nothing else. It cannot be deep-copied or saved as weights; `extract` can.
+
+        Args:
+            widths: The subnet.
+            from_right: Keep the last channels of every group instead of the first.
         """
-        state, plan = state_of(self.model), SlicePlan(self.space, widths)
+        state, plan = state_of(self.model), SlicePlan(self.space, widths, from_right=from_right)
         module = self._narrow(widths, device="meta")
         slices = plan(state)
         owners = {name: _owner(module, name) for name in slices}
@@ -135,7 +145,7 @@ class Supernet(nn.Module):
         attributes = narrow_attributes(self.model, self.space, widths)
         return narrow_module(self.model, shapes, attributes=attributes, device=device)
 
-    def _pass(self, x: Inputs, subnets: list[Widths], ceiling: Widths) -> Any:
+    def _skeleton(self, ceiling: Widths) -> ParallelSkeleton:
         skeleton = self._skeletons.get(ceiling)
         if skeleton is None:
             skeleton = self._skeletons[ceiling] = ParallelSkeleton(self.model, self.space, ceiling)
@@ -143,7 +153,7 @@ class Supernet(nn.Module):
                 self._skeletons.popitem(last=False)
         self._skeletons.move_to_end(ceiling)
         skeleton.module.train(self.training)
-        return skeleton(state_of(self.model), self._layout(x), subnets)
+        return skeleton
 
 
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -1,6 +1,6 @@
 import math
 from collections import Counter
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ from toys import make_net, make_space
 from psenet.errors import InputError
 from psenet.space import WidthSpace
 from psenet.training import make_strategy, strategy
+from psenet.training.steps import train_distilled, train_on_both_sides, train_together
 from psenet.training.strategies import _STRATEGIES
 from psenet.widths import Widths
 
@@ -125,15 +126,16 @@ def test_a_sandwich_is_the_full_the_smallest_and_two_random_networks(space: Widt
     assert max(abs(count / 600 - 1 / 20) for count in counts.values()) < 4 * math.sqrt(1 / 20 / 600)
 
 
-def test_one_strategy_shares_the_pass_and_the_other_does_not(space: WidthSpace):
-    assert not make_strategy("parallel", space).serial
-    assert make_strategy("sandwich", space).serial
+def test_each_strategy_has_its_passes(space: WidthSpace):
+    functions = {"parallel": train_together, "single-path": train_together, "sandwich": train_distilled}
+    for name, train in {**functions, "bilateral": train_on_both_sides}.items():
+        assert make_strategy(name, space).train is train
 
 
 # Both -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["parallel", "sandwich"])
+@pytest.mark.parametrize("name", ["parallel", "sandwich", "bilateral", "single-path"])
 def test_the_seed_alone_decides_the_sequence(space: WidthSpace, name: str):
     def first(seed: int) -> list[list[Widths]]:
         chosen = make_strategy(name, space, seed=seed)
@@ -146,7 +148,7 @@ def test_the_seed_alone_decides_the_sequence(space: WidthSpace, name: str):
     assert first(4) != one
 
 
-@pytest.mark.parametrize("name", ["parallel", "sandwich"])
+@pytest.mark.parametrize("name", ["parallel", "sandwich", "bilateral", "single-path"])
 def test_a_state_continues_the_sequence_through_a_file(space: WidthSpace, tmp_path: Any, name: str):
     original, restored = make_strategy(name, space, seed=3), make_strategy(name, space, seed=77)
     for _ in range(5):
@@ -157,7 +159,7 @@ def test_a_state_continues_the_sequence_through_a_file(space: WidthSpace, tmp_pa
     assert [restored.next_widths() for _ in range(5)] == ahead
 
 
-@pytest.mark.parametrize("name", ["parallel", "sandwich"])
+@pytest.mark.parametrize("name", ["parallel", "sandwich", "bilateral", "single-path"])
 def test_a_state_does_not_move_with_its_strategy(space: WidthSpace, name: str):
     chosen = make_strategy(name, space, seed=3)
     state = chosen.state_dict()
@@ -170,7 +172,10 @@ def test_a_state_does_not_move_with_its_strategy(space: WidthSpace, name: str):
 
 
 def test_an_unknown_strategy_is_named_with_the_known_ones(space: WidthSpace):
-    with pytest.raises(InputError, match=r"unknown strategy 'paralel'; there are \['parallel', 'sandwich'\]"):
+    with pytest.raises(
+        InputError,
+        match=r"unknown strategy 'paralel'; there are \['bilateral', 'parallel', 'sandwich', 'single",
+    ):
         make_strategy("paralel", space)
 
 
@@ -190,7 +195,7 @@ def test_a_registered_strategy_is_built_by_its_name(space: WidthSpace, monkeypat
 
     @strategy("one at random")
     class OneAtRandom:
-        serial: ClassVar[bool] = True
+        train = staticmethod(train_together)
 
         def __init__(self, space: WidthSpace, num_subnets: int, rng: np.random.Generator) -> None:
             self.given = (space, num_subnets)

@@ -2,7 +2,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,13 +15,14 @@ from psenet.errors import InputError
 from psenet.history import History
 from psenet.training import TrainConfig, TrainingDivergedError, make_strategy, train_supernet
 from psenet.training.loop import load_checkpoint
+from psenet.training.steps import train_distilled, train_together
 from psenet.widths import Widths
 
 
 class _Given:
     """The given subnets, step after step."""
 
-    serial: ClassVar[bool] = False
+    train = staticmethod(train_together)
 
     def __init__(self, steps: Sequence[Sequence[Widths]]) -> None:
         self._steps = [list(widths) for widths in steps]
@@ -39,7 +40,7 @@ class _Given:
 
 
 class _GivenSerial(_Given):
-    serial: ClassVar[bool] = True
+    train = staticmethod(train_distilled)
 
 
 def _widths(*rows: tuple[int, int]) -> list[Widths]:
@@ -261,7 +262,9 @@ def test_the_users_model_is_not_trained():
 
 def test_an_unknown_strategy_and_less_than_one_subnet_are_refused():
     loader = make_loader(NoisyImages(8))
-    with pytest.raises(InputError, match=r"unknown strategy 'serial'; there are \['parallel', 'sandwich'\]"):
+    with pytest.raises(
+        InputError, match=r"unknown strategy 'serial'; there are \['bilateral', 'parallel', 'sandwich', 'single"
+    ):
         train_supernet(make_supernet(), loader, strategy="serial")
     with pytest.raises(InputError, match="num_subnets must be at least 1; got 0"):
         train_supernet(make_supernet(), loader, num_subnets=0)

@@ -6,8 +6,6 @@ Legend: n subnets, B batch, C channels of one axis at the ceiling, A channels of
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -20,37 +18,30 @@ MASK = "psenet_mask"
 """Name of the buffer that holds a layer's mask of a step, bool of shape (n, C)."""
 
 
-@dataclass(frozen=True)
 class Blocks:
     """The samples of n subnets: from the order of a batch, where sample j is of subnet j mod n, to blocks and back.
 
-    Attributes:
+    Args:
         num_subnets: n.
-        batch_size: B; the sizes of two blocks differ by one where n does not divide it.
+        batch_size: B, at least n; the sizes of two blocks differ by one where n does not divide it.
     """
 
-    num_subnets: int
-    batch_size: int
-
-    @cached_property
-    def sizes(self) -> list[int]:
-        """Return how many samples each subnet has."""
-        return [len(range(first, self.batch_size, self.num_subnets)) for first in range(self.num_subnets)]
-
-    @cached_property
-    def _order(self) -> torch.Tensor:
-        n, batch_size = self.num_subnets, self.batch_size
-        return torch.cat([torch.arange(first, batch_size, n) for first in range(n)])
+    def __init__(self, num_subnets: int, batch_size: int) -> None:
+        self.num_subnets = num_subnets
+        self.batch_size = batch_size
+        self.sizes = [len(range(first, batch_size, num_subnets)) for first in range(num_subnets)]
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """Return (B, ...) in blocks."""
-        return x if self.num_subnets == 1 else x.index_select(0, self._order.to(x.device))
+        """Return (B, ...) in blocks, in the memory layout of x."""
+        n = self.num_subnets
+        return x if n == 1 else torch.cat([x[first::n] for first in range(n)])
 
     def scatter(self, x: torch.Tensor) -> torch.Tensor:
         """Return (B, ...) from blocks in the order of the batch; what has no samples on axis 0 stays as it is."""
         if self.num_subnets == 1 or not x.ndim or x.shape[0] != self.batch_size:
             return x
-        return x.index_select(0, self._order.argsort().to(x.device))
+        order = self.gather(torch.arange(self.batch_size))
+        return x.index_select(0, order.argsort().to(x.device))
 
     def by_sample(self, per_subnet: torch.Tensor) -> torch.Tensor:
         """Return (n, ...) as (B, ...): to every sample what is its subnet's."""

@@ -73,11 +73,9 @@ class _BlockNorm(torch.autograd.Function):
         shift_nC = torch.zeros_like(mask_nC) if bias is None else mask_nC * bias
         out = torch.empty_like(x)
         mean_nC, invstd_nC = torch.empty_like(mask_nC), torch.empty_like(mask_nC)
-        for number, (block, result) in enumerate(zip(x.split(sizes), out.split(sizes), strict=True)):
-            torch.native_batch_norm(
-                block, scale_nC[number], shift_nC[number], None, None, True, 0.0, eps,
-                out=(result, mean_nC[number], invstd_nC[number]),
-            )  # fmt: skip
+        rows = zip(*(table.unbind() for table in (scale_nC, shift_nC, mean_nC, invstd_nC)), strict=True)
+        for block, result, (scale_C, shift_C, *statistics) in zip(x.split(sizes), out.split(sizes), rows, strict=True):
+            torch.native_batch_norm(block, scale_C, shift_C, None, None, True, 0.0, eps, out=(result, *statistics))
         ctx.save_for_backward(x, scale_nC, mask_nC, mean_nC, invstd_nC)
         ctx.sizes, ctx.eps, ctx.dtypes = sizes, eps, [None if t is None else t.dtype for t in (weight, bias)]
         return out
@@ -87,21 +85,24 @@ class _BlockNorm(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad,) = grad_outputs
         x, scale_nC, mask_nC, mean_nC, invstd_nC = ctx.saved_tensors
-        grad_x = torch.empty_like(x)
-        grad_scale_nC, grad_shift_nC = torch.empty_like(mask_nC), torch.empty_like(mask_nC)
-        splits = (tensor.split(ctx.sizes) for tensor in (grad, x, grad_x))
-        for number, (grad_block, block, result) in enumerate(zip(*splits, strict=True)):
-            found = torch.ops.aten.native_batch_norm_backward(
-                grad_block, block, scale_nC[number], None, None, mean_nC[number], invstd_nC[number], True, ctx.eps,
-                [True, True, True],
-            )  # fmt: skip
-            for target, value in zip((result, grad_scale_nC[number], grad_shift_nC[number]), found, strict=True):
-                target.copy_(value)
-        grads = ((grad_nC * mask_nC).sum(0) for grad_nC in (grad_scale_nC, grad_shift_nC))
+        rows = zip(*(table.unbind() for table in (scale_nC, mean_nC, invstd_nC)), strict=True)
+        found = [
+            torch.ops.aten.native_batch_norm_backward(
+                grad_block, block, scale_C, None, None, mean_C, invstd_C, True, ctx.eps, [True, True, True]
+            )
+            for grad_block, block, (scale_C, mean_C, invstd_C) in zip(
+                grad.split(ctx.sizes), x.split(ctx.sizes), rows, strict=True
+            )
+        ]
+        grad_x, *grads_nC = (join(parts) for join, parts in zip(_JOINS, zip(*found, strict=True), strict=True))
         grad_weight, grad_bias = (
-            None if dtype is None else found.to(dtype) for found, dtype in zip(grads, ctx.dtypes, strict=True)
+            None if dtype is None else (grad_nC * mask_nC).sum(0).to(dtype)
+            for grad_nC, dtype in zip(grads_nC, ctx.dtypes, strict=True)
         )
         return grad_x, grad_weight, grad_bias, None, None, None
+
+
+_JOINS = (torch.cat, torch.stack, torch.stack)
 
 
 def _written_out(

@@ -56,20 +56,27 @@ class ParallelSkeleton:
             self._prepare(model, plan)
         self._alone_names = {name for layer in self._alone.values() for name in layer.names}
 
-    def __call__(self, state: Mapping[str, torch.Tensor], inputs: Inputs, widths: Sequence[Widths]) -> Any:
+    def __call__(
+        self,
+        state: Mapping[str, torch.Tensor],
+        inputs: Inputs,
+        widths: Sequence[Widths],
+        slices: SlicePlan | None = None,
+    ) -> Any:
         """Run the pass.
 
         Args:
             state: The full-width parameters and buffers.
             inputs: What the model takes, B samples; sample j goes through `widths[j % n]`.
             widths: n subnets below the ceiling, n at most B.
+            slices: Other slices of the same shapes than the first channels, for a single subnet at its own widths.
 
         Returns:
             The model's output, samples in the order of the inputs.
         """
         blocks = self._current.blocks = Blocks(len(widths), num_samples(inputs))
         masks = self._table.masks(widths, tensors_in(inputs)[0].device)
-        tensors = self._slices(state)
+        tensors = (slices or self._slices)(state)
         for name in self._buffers:  # what a forward writes into them is for nobody
             tensors[name] = tensors[name].clone()
         for plan, mask_nC in zip(self._plans, masks, strict=True):

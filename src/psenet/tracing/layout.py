@@ -48,16 +48,23 @@ def kept_channels(layout: Layout, units: Sequence[int]) -> int:
     return sum(run.kept(units) for run in layout)
 
 
-def segments(layout: Layout, units: Sequence[int]) -> list[tuple[int, int]]:
-    """Return what stays of the axis as (start, length) pairs at full-width positions, neighbours merged."""
+def segments(layout: Layout, units: Sequence[int], *, from_right: bool = False) -> list[tuple[int, int]]:
+    """Return what stays of the axis as (start, length) pairs at full-width positions, neighbours merged.
+
+    Args:
+        layout: The axis.
+        units: How many units each group keeps.
+        from_right: Keep the last units of every group instead of the first.
+    """
     pieces: list[tuple[int, int]] = []
     start = 0
     for run in layout:
         kept = run.kept(units)
-        if kept and pieces and sum(pieces[-1]) == start:
+        first = start + run.length - kept if from_right else start
+        if kept and pieces and sum(pieces[-1]) == first:
             pieces[-1] = (pieces[-1][0], pieces[-1][1] + kept)
         elif kept:
-            pieces.append((start, kept))
+            pieces.append((first, kept))
         start += run.length
     return pieces
 

@@ -125,8 +125,8 @@ class _Shell(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, *args: Any) -> Any:
-        return self.module(*args)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
 
 
 def make_accelerator(mixed_precision: Literal["no", "fp16", "bf16"] = "no") -> "Accelerator":

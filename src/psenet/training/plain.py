@@ -13,7 +13,7 @@ from psenet.memory_format import ImageLayout
 from psenet.training.config import TrainConfig
 from psenet.training.loop import Batch, fit
 from psenet.training.losses import LossFn, cross_entropy, mixed_loss
-from psenet.training.supernet import teach
+from psenet.training.steps import teach
 
 
 def train_model(

@@ -1,16 +1,17 @@
-"""Which subnets each training step trains, and whether they share one pass.
+"""Which subnets each training step trains, and in which passes.
 
 Register another with `@strategy("name")`; `make_strategy` builds it by name.
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from psenet.errors import InputError
 from psenet.space import WidthSpace
 from psenet.supernet import DEFAULT_STRATA
+from psenet.training.steps import TrainSubnets, train_distilled, train_on_both_sides, train_together
 from psenet.widths import Widths
 
 FULL_CEILING_SHARE = 0.4
@@ -21,8 +22,8 @@ the wide subnets, which lower ceilings never reach, and cost the most."""
 class Strategy(Protocol):
     """Chooses the subnets of each step."""
 
-    serial: ClassVar[bool]
-    """True: each subnet gets the whole batch, one after the other. False: they share the batch and the pass."""
+    train: TrainSubnets
+    """How they are trained: one of the functions of `psenet.training.steps`, or your own (a `staticmethod`)."""
 
     def next_widths(self) -> list[Widths]:
         """Return the subnets that the next step trains."""
@@ -60,7 +61,7 @@ def make_strategy(name: str, space: WidthSpace, *, num_subnets: int = 8, seed: i
     """Build a strategy.
 
     Args:
-        name: `"parallel"` or `"sandwich"`.
+        name: `"parallel"`, `"sandwich"`, `"bilateral"` or `"single-path"`.
         space: The width space to draw from.
         num_subnets: Subnets per step of `parallel`; the others have their own number.
         seed: Of the sequence of subnets.
@@ -78,6 +79,8 @@ def make_strategy(name: str, space: WidthSpace, *, num_subnets: int = 8, seed: i
 class _Seeded:
     """A strategy whose whole state is its random generator."""
 
+    train = staticmethod(train_together)
+
     def __init__(self, space: WidthSpace, num_subnets: int, rng: np.random.Generator) -> None:
         self._space = space
         self._num_subnets = num_subnets
@@ -94,8 +97,6 @@ class _Seeded:
 class ParallelStrategy(_Seeded):
     """PSE-Net: n subnets below one stratum share a pass; a step at full width has the full network among them, one at
     the lowest ceiling the smallest."""  # noqa: D205, D209
-
-    serial: ClassVar[bool] = False
 
     def __init__(self, space: WidthSpace, num_subnets: int, rng: np.random.Generator) -> None:
         super().__init__(space, num_subnets, rng)
@@ -120,9 +121,33 @@ class SandwichStrategy(_Seeded):
     """US-Nets and AutoSlim (Yu and Huang 2019): the full network on the labels, then the smallest and two random ones
     on the full network's outputs, each on the whole batch."""  # noqa: D205, D209
 
-    serial: ClassVar[bool] = True
+    train = staticmethod(train_distilled)
 
     def next_widths(self) -> list[Widths]:
         """Return the full network, the smallest and two random ones."""
         randoms = [self._space.sample(self._rng) for _ in range(2)]
         return [self._space.full(), self._space.smallest(), *randoms]
+
+
+@strategy("bilateral")
+class BilateralStrategy(_Seeded):
+    """BCNet (Su et al. 2021): a random subnet and its complement, each on its first and on its last channels."""
+
+    train = staticmethod(train_on_both_sides)
+
+    def next_widths(self) -> list[Widths]:
+        """Return a random subnet and its complement, in which every narrow group is wide and the other way round."""
+        widths = self._space.sample(self._rng)
+        complement = Widths(
+            {group.name: group.choices[-1 - group.choices.index(widths[group.name])] for group in self._space.groups}
+        )
+        return [widths, complement]
+
+
+@strategy("single-path")
+class SinglePathStrategy(_Seeded):
+    """One random subnet a step, on the whole batch (Guo et al. 2020)."""
+
+    def next_widths(self) -> list[Widths]:
+        """Return one random subnet."""
+        return [self._space.sample(self._rng)]
