@@ -1284,5 +1284,25 @@ def test_a_batch_norm_over_samples_that_are_not_on_axis_0_is_refused():
         supernet_of(lambda: _Net(extra=_Frames(nn.BatchNorm2d(16))))
 
 
+class _PlainTensor(nn.Module):
+    """Keeps a constant as a plain attribute, neither parameter nor buffer: it comes before the input in the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.constant = torch.linspace(0.5, 1.5, 8, dtype=torch.float64)
+        self.conv = nn.Conv2d(16, 16, 3, padding=1)
+        self.norm = nn.BatchNorm2d(16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.conv(x)) * self.constant
+
+
+@_MODES
+def test_a_constant_of_another_size_is_not_taken_for_the_samples(training: bool):
+    supernet = supernet_of(lambda: _Net(extra=_PlainTensor()))
+    assert _names(supernet.space) == ["a", "extra.conv", "b"]
+    assert_guarantee(supernet, training=training)
+
+
 def test_the_ops_that_are_counted_are_those_that_can_be_masked():
     assert {_AS_TRACED.get(name, name) for name in _MASKED} == COUNTED_OPS

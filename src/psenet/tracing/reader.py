@@ -143,7 +143,8 @@ class Reader:
         ids = np.full([1] * len(shape), NO_CHANNEL, np.int64)
         if name is None:
             self._activations.add(node)
-            self.batch_size = self.batch_size or (shape[0] if shape else 0)
+            if node.name in self._user_inputs and shape:  # the others are constants of the user's code
+                self.batch_size = self.batch_size or shape[0]
             return Value(ids, shape, True, itemsize_of(node))
         self.reading.shapes[name] = shape
         long = [axis for axis, size in enumerate(shape) if size > 1]

@@ -1,0 +1,291 @@
+"""How well, and how soon, each training strategy ranks subnets: against the same subnets trained alone.
+
+    python benchmarks/ranking.py --data FOLDER                    every strategy, about 20 minutes on two cores
+    python benchmarks/ranking.py --data FOLDER --truth            first train the subnets alone, about an hour
+    python benchmarks/ranking.py --data FOLDER --channel-bench F  the published ground truth of a wider net, on a GPU
+
+A narrow ResNet with seven groups of four widths on 10,000 CIFAR-10 images (an image folder). The truth is the accuracy
+on the test images of 28 subnets, each trained alone with three seeds: half drawn from the whole space, half with 90 to
+100 % of one budget. It is kept in benchmarks/truth.json.
+
+Every point of a strategy is a training of its own with a whole learning rate schedule, so that what it has reached
+after a time is what a user would get who had that time. Its supernet then scores the 28 subnets on validation images,
+with recalibrated statistics and without fine-tuning; scores are compared with the truth by Kendall's tau and
+Spearman's rho. MACs alone rank the whole space well, so the figure within the band is the honest one. Subnets of the
+bilateral strategy are scored on both sides, and the mean counts.
+"""
+
+import argparse
+import gzip
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import kendalltau, spearmanr
+from torch import nn
+
+import psenet
+from evidence import write_result
+from psenet.data import DataSplits, load_data, make_loader
+from psenet.evaluate import SupernetScore, accuracy
+from psenet.rundir import read_json, write_json
+from psenet.space import WidthSpace
+from psenet.training import TrainConfig, train_model, train_supernet
+from psenet.widths import Widths
+
+TRUTH = Path(__file__).parent / "truth.json"
+WIDTHS = (16, 32, 32, 32, 48, 48, 48)
+NUM_IMAGES, NUM_VALIDATION, BATCH_SIZE = 10_000, 2_000, 128
+NUM_TRUE_SEEDS, NUM_SUBNETS = 3, 28
+BUDGET, BAND = 0.4, (0.9, 1.0)
+"""MACs of the band's upper end as a share of the full net's, and the band as shares of that."""
+LENGTHS = {"parallel": (0.5, 1.0, 2.0), "single-path": (0.5, 1.0, 2.0), "sandwich": (0.5, 1.0), "bilateral": (0.5, 1.0)}
+"""Trainings of each strategy, as multiples of the epochs."""
+TRUE_EPOCHS = 10
+CONFIG = TrainConfig(learning_rate=0.1, weight_decay=5e-4, warmup_ratio=0.1)
+
+
+class Net(nn.Module):
+    """The network of Channel-Bench-Macro (Su et al. 2022) at any widths, for 32 px images."""
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        super().__init__()
+        w0, w1, w2, w3, w4, w5, w6 = widths
+        self.stem = nn.Sequential(nn.Conv2d(3, w0, 3, 2, 1, bias=False), nn.BatchNorm2d(w0), nn.ReLU(inplace=True))
+        self.stages = nn.Sequential(
+            *(_Block(w0, w1, w0), _Block(w0, w2, w0), _Block(w0, w3, w4, stride=2)),
+            *(_Block(w4, w5, w4), _Block(w4, w6, w4)),
+        )
+        self.head = nn.Linear(w4, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.stages(self.stem(x)).mean((2, 3)))
+
+
+class _Block(nn.Module):
+    def __init__(self, in_channels: int, inner: int, out_channels: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, inner, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv2 = nn.Conv2d(inner, out_channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.is_residual = stride == 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        return torch.relu(y + x if self.is_residual else y)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Subnets, and their accuracies when each is trained alone."""
+
+    widths: list[Widths]
+    accuracies: np.ndarray
+    """Mean over the seeds, in percent."""
+    in_band: np.ndarray
+    """True where the MACs are within the band of the budget."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="CIFAR-10 as an image folder, with train/<class> and test/<class>")
+    parser.add_argument("--truth", action="store_true", help="train the subnets alone and stop")
+    parser.add_argument("--channel-bench", type=Path, help="ground truth of all 16,384 subnets (json.gz); needs a GPU")
+    parser.add_argument("--epochs", type=int, default=6, help="epochs of the unit of a strategy's training")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--strategies", nargs="+", default=list(LENGTHS))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    widths = WIDTHS
+    if arguments.channel_bench is not None:
+        if not torch.cuda.is_available():
+            parser.exit(message="skipped: the net of Channel-Bench-Macro has 0.8G MACs, and there is no GPU here\n")
+        widths = _read_bench(arguments.channel_bench)["widths"]
+    data = load_data(arguments.data, max_train_images=None if arguments.channel_bench else NUM_IMAGES)
+    space = make_space(widths)
+    if arguments.truth:
+        train_alone(space, data)
+        return
+    truth = bench_truth(space, arguments.channel_bench) if arguments.channel_bench else read_truth(space)
+    name = "ranking_channel_bench" if arguments.channel_bench else "ranking"
+    points = [
+        measure(strategy, length, seed, widths, space, truth, data, arguments.epochs)
+        for seed in range(arguments.seeds)
+        for strategy in arguments.strategies
+        for length in LENGTHS[strategy]
+    ]
+    macs = space.macs(truth.widths)
+    figures = {
+        "epochs": arguments.epochs,
+        "by_macs_alone": agreement(macs, truth),
+        "summary": summary(points),
+        "points": points,
+    }
+    print(json.dumps({"by_macs_alone": figures["by_macs_alone"], **figures["summary"]}, indent=2))
+    print(f"figures: {write_result(name, figures)}")
+
+
+def make_space(widths: Sequence[int]) -> WidthSpace:
+    """Return the space of quarters of every width."""
+    return psenet.trace(Net(widths), torch.zeros(1, 3, 32, 32), divisor=4, keep_ratios=(0.25, 0.5, 0.75, 1.0))
+
+
+# The truth ------------------------------------------------------------------------------------------------------------
+
+
+def draw_subnets(space: WidthSpace) -> list[Widths]:
+    """Return the subnets to train alone: half from the whole space, half from the band."""
+    rng = np.random.default_rng(0)
+    drawn: dict[Widths, None] = {}
+    while len(drawn) < NUM_SUBNETS // 2:
+        drawn[space.sample(rng)] = None
+    while len(drawn) < NUM_SUBNETS:
+        widths = space.sample(rng)
+        if _is_in_band(space, [widths])[0]:
+            drawn[widths] = None
+    return list(drawn)
+
+
+def _is_in_band(space: WidthSpace, widths: Sequence[Widths]) -> np.ndarray:
+    shares = space.macs(widths) / (BUDGET * space.macs(space.full()))
+    return (shares >= BAND[0]) & (shares <= BAND[1])
+
+
+def train_alone(space: WidthSpace, data: DataSplits) -> None:
+    """Train what is missing in the file of the truth, and write it after every net."""
+    kept = read_json(TRUTH) if TRUTH.exists() else {"widths": WIDTHS, "epochs": TRUE_EPOCHS, "subnets": []}
+    records: dict[str, list[float]] = {json.dumps(r["subnet"]): r["accuracies"] for r in kept["subnets"]}
+    model = Net(WIDTHS)
+    for seed in range(NUM_TRUE_SEEDS):
+        for widths in draw_subnets(space):
+            record = records.setdefault(json.dumps([widths[group.name] for group in space.groups]), [])
+            if len(record) > seed:
+                continue
+            torch.manual_seed(seed)
+            net = psenet.Supernet(model, space).extract(widths)
+            for layer in net.modules():
+                if isinstance(layer, nn.Conv2d | nn.Linear):
+                    layer.reset_parameters()
+            loader = make_loader(data.train, batch_size=BATCH_SIZE, shuffle=True, seed=seed)
+            train_model(net, loader, config=replace(CONFIG, epochs=TRUE_EPOCHS), show_progress=False)
+            record.append(round(accuracy(net, make_loader(data.test, batch_size=500, shuffle=False)), 2))
+            kept["subnets"] = [{"subnet": json.loads(key), "accuracies": value} for key, value in records.items()]
+            write_json(TRUTH, kept)
+            print(f"seed {seed} {space.macs(widths) / 1e6:.2f}M MACs: {record[-1]:.2f} %", flush=True)
+
+
+def read_truth(space: WidthSpace) -> Truth:
+    """Return what is in the file."""
+    subnets = read_json(TRUTH)["subnets"]
+    widths = space.from_array(np.array([record["subnet"] for record in subnets]))
+    return Truth(widths, np.array([np.mean(r["accuracies"]) for r in subnets]), _is_in_band(space, widths))
+
+
+def _read_bench(path: Path) -> dict[str, Any]:
+    with gzip.open(path) as stream:
+        return json.load(stream)
+
+
+def bench_truth(space: WidthSpace, path: Path, num_subnets: int = 2000) -> Truth:
+    """Return a sample of the published ground truth; its digits are quarters of the widths of the seven groups."""
+    archs = list(_read_bench(path)["archs"].items())
+    chosen = [archs[i] for i in np.random.default_rng(0).choice(len(archs), num_subnets, replace=False)]
+    sizes = [group.size for group in space.groups]
+    rows = [[int(digit) * size // 4 for digit, size in zip(arch, sizes, strict=True)] for arch, _ in chosen]
+    widths = space.from_array(np.array(rows))
+    wrong = [arch for (arch, record), w in zip(chosen, widths, strict=True) if record["params"] != space.params(w)]
+    assert not wrong, f"the net is not that of the file: parameters of {wrong[:3]} differ"
+    return Truth(widths, np.array([np.mean(record["acc"]) for _, record in chosen]), _is_in_band(space, widths))
+
+
+# The strategies -------------------------------------------------------------------------------------------------------
+
+
+def measure(
+    strategy: str,
+    length: float,
+    seed: int,
+    widths: Sequence[int],
+    space: WidthSpace,
+    truth: Truth,
+    data: DataSplits,
+    epochs: int,
+) -> dict[str, Any]:
+    """Train a supernet for a time, and compare its scores with the truth."""
+    torch.manual_seed(seed)
+    supernet = psenet.Supernet(Net(widths), space)
+    loader = make_loader(data.train, batch_size=BATCH_SIZE, shuffle=True, seed=seed)
+    config = replace(CONFIG, epochs=max(1, round(length * epochs)))
+    start = time.perf_counter()
+    train_supernet(supernet, loader, strategy=strategy, config=config, seed=seed, show_progress=False)
+    seconds = time.perf_counter() - start
+    sides = (False, True) if strategy == "bilateral" else (False,)
+    scores = np.mean([_scores(supernet, truth.widths, data, from_right=side) for side in sides], axis=0)
+    point = {"strategy": strategy, "epochs": config.epochs, "seed": seed, "seconds": round(seconds, 1)}
+    point |= {"mean_accuracy": round(float(scores.mean()), 2), **agreement(scores, truth)}
+    print(json.dumps(point), flush=True)
+    return point
+
+
+@dataclass(frozen=True)
+class _Side:
+    """The subnets of one side, as scoring wants them."""
+
+    supernet: psenet.Supernet
+    from_right: bool
+
+    def subnet(self, widths: Widths, /) -> nn.Module:
+        return self.supernet.subnet(widths, from_right=self.from_right)
+
+    def parameters(self) -> Any:
+        return self.supernet.parameters()
+
+
+def _scores(supernet: psenet.Supernet, widths: Sequence[Widths], data: DataSplits, *, from_right: bool) -> np.ndarray:
+    validation = torch.utils.data.Subset(data.validation, range(NUM_VALIDATION))
+    score: Callable[[Widths], float] = SupernetScore(
+        _Side(supernet, from_right),
+        make_loader(data.calibration, batch_size=100, shuffle=False),
+        make_loader(validation, batch_size=500, shuffle=False),
+        device=next(supernet.parameters()).device,
+    )
+    return np.array([score(setting) for setting in widths])
+
+
+def agreement(scores: np.ndarray, truth: Truth) -> dict[str, float]:
+    """Return how well scores rank the subnets."""
+    band = truth.in_band
+    figures = {
+        "tau": kendalltau(scores, truth.accuracies).statistic,
+        "tau_in_band": kendalltau(scores[band], truth.accuracies[band]).statistic,
+        "rho": spearmanr(scores, truth.accuracies).statistic,
+        "rho_in_band": spearmanr(scores[band], truth.accuracies[band]).statistic,
+    }
+    return {key: round(float(value), 3) for key, value in figures.items()}
+
+
+def summary(points: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return mean and standard deviation over the seeds, by strategy and epochs."""
+    keys = ("seconds", "mean_accuracy", "tau", "tau_in_band", "rho", "rho_in_band")
+    return {
+        f"{strategy}, {epochs} epochs": {
+            key: {
+                "mean": round(float(np.mean([p[key] for p in some])), 3),
+                "std": round(float(np.std([p[key] for p in some], ddof=1 if len(some) > 1 else 0)), 3),
+            }
+            for key in keys
+        }
+        for strategy, epochs in dict.fromkeys((p["strategy"], p["epochs"]) for p in points)
+        for some in ([p for p in points if (p["strategy"], p["epochs"]) == (strategy, epochs)],)
+    }
+
+
+if __name__ == "__main__":
+    main()
