@@ -4,6 +4,7 @@ import copy
 import inspect
 import itertools
 import re
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -1262,26 +1263,44 @@ def test_a_module_that_reduces_beside_norms_in_a_list_is_elastic_and_equal(train
 class _Frames(nn.Module):
     """Takes frames out of the batch's samples, and puts them back."""
 
-    def __init__(self, norm: nn.Module) -> None:
+    def __init__(self, norm: nn.Module, *, frames_first: bool = False) -> None:
         super().__init__()
         self.inner = nn.Sequential(nn.Conv2d(16, 16, 1), norm, nn.Conv2d(16, 16, 1))
+        self.frames_first = frames_first
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        frames = x.reshape(x.shape[0], 16, 4, -1).transpose(1, 2).reshape(x.shape[0] * 4, 16, 1, -1)
-        return self.inner(frames).reshape(x.shape[0], 4, 16, -1).transpose(1, 2).reshape(x.shape)
+        order = (2, 0, 1, 3) if self.frames_first else (0, 2, 1, 3)
+        frames = x.reshape(x.shape[0], 16, 4, -1).permute(order)
+        y = self.inner(frames.reshape(x.shape[0] * 4, 16, 1, -1)).reshape(frames.shape)
+        return y.permute([order.index(axis) for axis in range(4)]).reshape(x.shape)
 
 
 @_MODES
-def test_channels_of_tensors_without_samples_on_axis_0_are_frozen(training: bool):
-    supernet = supernet_of(lambda: _Net(extra=_Frames(nn.Sigmoid())))
+@pytest.mark.parametrize("frames_first", [True, False])
+def test_channels_of_tensors_without_samples_on_axis_0_are_frozen(frames_first: bool, training: bool):
+    supernet = supernet_of(lambda: _Net(extra=_Frames(nn.Sigmoid(), frames_first=frames_first)))
     assert _names(supernet.space) == ["b"]
     assert "the samples are not on axis 0" in _reasons(supernet.space)["extra.inner.0"]
     assert_guarantee(supernet, training=training)
 
 
-def test_a_batch_norm_over_samples_that_are_not_on_axis_0_is_refused():
-    with pytest.raises(InputError, match="whose axis 0 is not that of the 2 samples: subnets in one pass cannot"):
-        supernet_of(lambda: _Net(extra=_Frames(nn.BatchNorm2d(16))))
+@_MODES
+def test_a_batch_norm_over_several_rows_of_each_sample_has_statistics_for_each_subnet(training: bool):
+    supernet = supernet_of(lambda: _Net(extra=_Frames(nn.BatchNorm2d(16))))
+    assert _names(supernet.space) == ["extra.inner.0", "b"]
+    assert_guarantee(supernet, training=training)
+
+
+def test_a_batch_norm_over_samples_that_do_not_stand_one_after_the_other_is_refused():
+    with pytest.raises(InputError, match="the 2 samples do not stand one after the other: subnets in one pass cannot"):
+        supernet_of(lambda: _Net(extra=_Frames(nn.BatchNorm2d(16), frames_first=True)))
+
+
+def test_a_model_that_cannot_be_copied_is_refused():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 4, 3))
+    model.lock = threading.Lock()  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InputError, match=r"cannot be copied \(TypeError: cannot pickle .*lock.*\), and psenet"):
+        psenet.trace(model, torch.randn(2, 3, 8, 8))
 
 
 class _PlainTensor(nn.Module):

@@ -1,6 +1,7 @@
 """`trace`: read a model, group its channels, prove every group."""
 
 import copy
+import functools
 from collections.abc import Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
@@ -8,11 +9,11 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from psenet.errors import InputError
+from psenet.errors import InputError, first_line
 from psenet.evaluate import eval_mode
 from psenet.inputs import Inputs, map_tensors, num_samples, tensors_in
 from psenet.proof import broken_groups
-from psenet.slicing import state_of
+from psenet.slicing import narrow_module, state_of
 from psenet.space import WidthSpace
 from psenet.tracing.capture import capture, what_runs
 from psenet.tracing.facts import Reading
@@ -20,6 +21,7 @@ from psenet.tracing.grouping import build_space
 from psenet.tracing.opaque import opaque_modules
 from psenet.tracing.reader import Reader
 from psenet.tracing.rules import RULES
+from psenet.tracing.samples import norms_in_order
 
 
 def trace(
@@ -113,16 +115,20 @@ def read(model: nn.Module, example_input: Inputs, *, opaque: Sequence[str] = ())
     if len(shape) < 2 or shape[0] < 1:
         raise InputError(f"example_input must be a batch of samples, shape (B, ...); got {shape}")
     num_samples(example_input)
+    _check_can_be_copied(model)
     paths = _paths_of(model, opaque)
     if paths:
         model = copy.deepcopy(model)
     same_tensor, same_module = _ties(model)
     reading = Reading()
+    in_order = functools.cache(lambda: norms_in_order(model, example_input))
 
     def walk(inputs: Inputs, *, counts: bool) -> set[str]:
         with opaque_modules(model, paths, inputs) as ran:
             program = capture(model, inputs)
-            reader = Reader(program, RULES, reading, same_tensor=same_tensor, same_module=same_module)
+            reader = Reader(
+                program, RULES, reading, same_tensor=same_tensor, same_module=same_module, in_order=in_order
+            )
             reader.read(counts=counts)
         return ran
 
@@ -144,6 +150,16 @@ def read(model: nn.Module, example_input: Inputs, *, opaque: Sequence[str] = ())
             reading.shapes[alias] = reading.shapes[same_tensor[alias]]
     reading.params = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     return reading
+
+
+def _check_can_be_copied(model: nn.Module) -> None:
+    try:
+        narrow_module(model, {}, device="meta")
+    except Exception as error:  # an attribute's own copying may raise anything
+        raise InputError(
+            f"the model cannot be copied ({first_line(error)}), and psenet works on copies: keep what copy.deepcopy "
+            "refuses (locks, open files, tensors computed with gradients) out of its attributes"
+        ) from error
 
 
 def _paths_of(model: nn.Module, patterns: Sequence[str]) -> list[str]:

@@ -45,15 +45,27 @@ class Blocks:
 
     def by_sample(self, per_subnet: torch.Tensor) -> torch.Tensor:
         """Return (n, ...) as (B, ...): to every sample what is its subnet's."""
-        if self.batch_size % self.num_subnets == 0:
-            return per_subnet.repeat_interleave(self.batch_size // self.num_subnets, dim=0)
+        if len({*self.sizes}) == 1:
+            return per_subnet.repeat_interleave(self.sizes[0], dim=0)
         return per_subnet.repeat_interleave(torch.tensor(self.sizes, device=per_subnet.device), dim=0)
+
+    def of_rows(self, num_rows: int) -> "Blocks":
+        """Return the blocks of a tensor that has several rows for each sample on axis 0, one sample after the other."""
+        return self if num_rows == self.batch_size else _Rows(self, num_rows // self.batch_size)
 
     def mask_over(self, mask_nC: torch.Tensor, x: torch.Tensor, axis: int) -> torch.Tensor:
         """Return a mask as 0 and 1, broadcastable to x of shape (B, ...), its channels on this axis of x."""
         shape = [1] * x.ndim
         shape[0], shape[axis % x.ndim] = self.batch_size, mask_nC.shape[1]
         return self.by_sample(mask_nC).reshape(shape).to(x.dtype)
+
+
+class _Rows(Blocks):
+    """Blocks of rows: every sample counts several times."""
+
+    def __init__(self, blocks: Blocks, rows: int) -> None:
+        super().__init__(blocks.num_subnets, blocks.batch_size * rows)
+        self.sizes = [size * rows for size in blocks.sizes]
 
 
 class Current:

@@ -32,7 +32,7 @@ def batch_norm(
     """Normalise every subnet's block by its own statistics, or all by given ones; dropped channels become zero.
 
     Args:
-        x: Features in blocks, shape (B, C, ...).
+        x: Features in blocks, shape (B, C, ...), or with several rows for each sample.
         mask_nC: True where a subnet keeps the channel.
         blocks: Which samples belong to which subnet.
         weight: Scale, shape (C,), or None.
@@ -43,6 +43,7 @@ def batch_norm(
     Raises:
         InputError: A block has one value per channel, which has no variance.
     """
+    blocks = blocks.of_rows(x.shape[0])
     if statistics is not None:
         mean, variance = (None if tensor is None else tensor.detach() for tensor in statistics)
         return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps) * blocks.mask_over(mask_nC, x, 1)

@@ -255,13 +255,13 @@ class Call:
             InputError: Statistics over the batch, where the samples of one subnet cannot be told from the others'.
         """
         value = self.value(self.node.args[0])
-        if not self._has_samples_first(value, ids):
-            if kind == "norm":
-                raise InputError(
-                    f"{self.where()} normalises over the batch a tensor of shape {value.shape}, whose axis 0 is not "
-                    f"that of the {self._reader.batch_size} samples: subnets in one pass cannot have statistics of "
-                    "their own"
-                )
+        if kind == "norm" and not self._reader.holds_samples_in_order(self.module, value.shape):
+            raise InputError(
+                f"{self.where()} normalises over the batch a tensor of shape {value.shape}, on whose axis 0 the "
+                f"{self._reader.batch_size} samples do not stand one after the other: subnets in one pass cannot have "
+                "statistics of their own"
+            )
+        if kind != "norm" and not self._has_samples_first(value, ids):
             return
         self.reading.masks.append(MaskNeed(self.module, ids, axis, kind, self._reader.place_of(self.node)))
 

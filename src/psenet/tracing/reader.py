@@ -7,7 +7,7 @@ cost nothing: a group is split there by itself.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,6 +44,8 @@ class Reader:
         reading: What was found so far, of another graph of the same model; it is added to.
         same_tensor: For further names of a tied parameter or buffer, its first name.
         same_module: For further paths of a module that stands in several places, its first path.
+        in_order: The modules whose input has several rows for each sample on axis 0, one sample after the other;
+            called when a module asks for it.
     """
 
     def __init__(
@@ -54,8 +56,10 @@ class Reader:
         *,
         same_tensor: Mapping[str, str] | None = None,
         same_module: Mapping[str, str] | None = None,
+        in_order: Callable[[], Collection[str]] = tuple,
     ) -> None:
         self.reading = reading
+        self._in_order = in_order
         self.rules = rules
         self.same_module = same_module or {}
         signature = program.graph_signature
@@ -104,6 +108,10 @@ class Reader:
         names = self._ops.setdefault(call.module, {}).setdefault(list(stack)[-1], [])
         self._places[call.node] = len(names)
         names.append(name)
+
+    def holds_samples_in_order(self, module: str, shape: tuple[int, ...]) -> bool:
+        """Tell whether the input of a module, of this shape, has the rows of each sample in one piece on axis 0."""
+        return shape[:1] == (self.batch_size,) or module in self._in_order()
 
     def is_activation(self, node: fx.Node) -> bool:
         """Tell whether a node depends on the model's input."""
