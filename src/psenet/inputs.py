@@ -3,7 +3,7 @@
 Every tensor in it has the samples on axis 0.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -28,6 +28,12 @@ def tensors_in(structure: Any) -> list[torch.Tensor]:
 def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], structure: Any) -> Any:
     """Return the same structure with the function applied to every tensor."""
     return tree_map(lambda leaf: function(leaf) if isinstance(leaf, torch.Tensor) else leaf, structure)
+
+
+def map_samples(function: Callable[[torch.Tensor], torch.Tensor], structure: Any, without: Collection[int]) -> Any:
+    """Return the same outputs with the function applied to every tensor but those of the given numbers, in order."""
+    numbers = iter(range(len(tensors_in(structure))))
+    return map_tensors(lambda tensor: tensor if next(numbers) in without else function(tensor), structure)
 
 
 def num_samples(inputs: Inputs) -> int:

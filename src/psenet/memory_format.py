@@ -23,6 +23,8 @@ class ImageLayout:
         if self._is_possible is False or not isinstance(x, torch.Tensor) or x.ndim != 4:
             return x
         channels_last = x.contiguous(memory_format=torch.channels_last)
+        if self._is_possible is None and self._model.training and len(x) < 2:  # batch norms want two samples
+            return x
         if self._is_possible is None:
             self._is_possible = self._runs(channels_last[:2].clone(memory_format=torch.preserve_format))
         return channels_last if self._is_possible else x
@@ -37,6 +39,8 @@ class ImageLayout:
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
                 functional_call(self._model, buffers, (x,), tie_weights=False)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:
             return False
         return True

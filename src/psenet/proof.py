@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from psenet.errors import first_line
-from psenet.inputs import Inputs, as_arguments, map_tensors, tensors_in
+from psenet.inputs import Inputs, as_arguments, map_samples, map_tensors, tensors_in
 from psenet.parallel.skeleton import ParallelSkeleton
 from psenet.slicing import load_slices, narrow_attributes, narrow_module, slice_state, sliced_shapes, state_of
 from psenet.space import WidthSpace
@@ -96,7 +96,7 @@ def _failure(model: nn.Module, space: WidthSpace, example: Inputs, subnets: Sequ
                 alone = tensors_in(narrow.eval()(*as_arguments(own)))
         except Exception as error:  # the user's forward may raise anything
             return f"the model's own code fails when it is narrower: {first_line(error)}"
-        problem = _difference(alone, [_of_subnet(out, number, n) for out in masked])
+        problem = _difference(alone, _part(masked, number, space, n, training=False))
         if problem is not None:
             return problem
     return None
@@ -116,9 +116,12 @@ def _varied(example: Inputs, n: int) -> Inputs:
     return map_tensors(vary, example)
 
 
-def _of_subnet(out: torch.Tensor, number: int, n: int) -> torch.Tensor:
-    """Return a subnet's part of an output of two samples for each; what does not hold the samples is everybody's."""
-    return out[number::n] if out.ndim and out.shape[0] == 2 * n else out
+def _part(
+    outputs: Sequence[torch.Tensor], number: int, space: WidthSpace, n: int, *, training: bool
+) -> list[torch.Tensor]:
+    """Return one subnet's part of the outputs for all; what does not depend on the samples is everybody's."""
+    without = space.wiring.outputs_without_samples(training=training)
+    return map_samples(lambda out: out[number::n], list(outputs), without)
 
 
 def _difference(narrow: Sequence[torch.Tensor], masked: Sequence[torch.Tensor]) -> str | None:
@@ -153,7 +156,7 @@ def _failure_in_training(model: nn.Module, space: WidthSpace, example: Inputs, s
                     for _ in range(2)
                 )
                 if all(torch.equal(one, other) for one, other in zip(alone, again, strict=True)):
-                    problem = _difference(alone, [_of_subnet(out, number, n) for out in together])
+                    problem = _difference(alone, _part(together, number, space, n, training=True))
                     if problem is not None:
                         return f"in training {problem}"
     except Exception as error:  # the user's forward may raise anything

@@ -130,6 +130,7 @@ def read(model: nn.Module, example_input: Inputs, *, opaque: Sequence[str] = ())
                 program, RULES, reading, same_tensor=same_tensor, same_module=same_module, in_order=in_order
             )
             reader.read(counts=counts)
+            reading.constant_outputs[model.training] = reader.constant_outputs()
         return ran
 
     with eval_mode(model):

@@ -5,7 +5,7 @@ Legend: N width settings, G channel groups.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import overload
 
 import numpy as np
@@ -95,6 +95,8 @@ class Wiring:
         constants: The numbers that modules keep as attributes and that count channels.
         constant_lists: The same for lists of numbers.
         ordered: The groups whose channels must keep their order.
+        constant_outputs: The model's output tensors, counted in order, that do not depend on its input, by training
+            mode; nothing for a mode that does the same as the other.
     """
 
     layouts: Mapping[str, tuple[Layout, ...]]
@@ -102,6 +104,11 @@ class Wiring:
     constants: tuple[ConstantPlan, ...] = ()
     constant_lists: tuple[ConstantListPlan, ...] = ()
     ordered: frozenset[int] = frozenset()
+    constant_outputs: Mapping[bool, frozenset[int]] = field(default_factory=dict)
+
+    def outputs_without_samples(self, *, training: bool) -> frozenset[int]:
+        """Return the output tensors, counted in order, that are the same for every sample."""
+        return self.constant_outputs.get(training, self.constant_outputs.get(False, frozenset()))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,8 @@ class Supernet(nn.Module):
         model: The user's model; it is copied and not changed.
         space: Its width space, from `psenet.trace`.
         strata: Keep ratios of the ceilings at which several subnets are computed together; 1.0 is always among them.
+        compiled: Compile the pass of each ceiling with torch.compile. A pass is compiled at its first use, which takes
+            about a minute; it pays off on GPUs. Compiled passes are compared with plain ones before they are used.
 
     Example:
         >>> import psenet, torch
@@ -47,8 +49,11 @@ class Supernet(nn.Module):
         torch.Size([4, 4, 4, 4])
     """
 
-    def __init__(self, model: nn.Module, space: WidthSpace, *, strata: Sequence[float] = DEFAULT_STRATA) -> None:
+    def __init__(
+        self, model: nn.Module, space: WidthSpace, *, strata: Sequence[float] = DEFAULT_STRATA, compiled: bool = False
+    ) -> None:
         super().__init__()
+        self.compiled = compiled
         self.model = copy.deepcopy(model)
         self.space = space
         ceilings = {space.uniform(keep_ratio): None for keep_ratio in sorted({*strata, 1.0}, reverse=True)}
@@ -85,9 +90,8 @@ class Supernet(nn.Module):
             raise InputError(f"a batch of {batch_size} samples takes 1 to {batch_size} subnets; got {n}")
         if from_right and n > 1:
             raise InputError(f"from_right is for a single subnet; got {n}")
-        slices = SlicePlan(self.space, subnets[0], from_right=True) if from_right else None
         skeleton = self._skeleton(subnets[0] if n == 1 else self.ceiling(subnets))
-        return skeleton(state_of(self.model), self._layout(x), subnets, slices)
+        return skeleton(state_of(self.model), self._layout(x), subnets, from_right=from_right)
 
     def ceiling(self, widths: Sequence[Widths]) -> Widths:
         """Return the lowest stratum that holds all of these subnets.
@@ -148,7 +152,9 @@ class Supernet(nn.Module):
     def _skeleton(self, ceiling: Widths) -> ParallelSkeleton:
         skeleton = self._skeletons.get(ceiling)
         if skeleton is None:
-            skeleton = self._skeletons[ceiling] = ParallelSkeleton(self.model, self.space, ceiling)
+            skeleton = self._skeletons[ceiling] = ParallelSkeleton(
+                self.model, self.space, ceiling, compiled=self.compiled and ceiling in self.strata
+            )
             if len(self._skeletons) > _MAX_SKELETONS:
                 self._skeletons.popitem(last=False)
         self._skeletons.move_to_end(ceiling)

@@ -37,8 +37,8 @@ class Blocks:
         return x if n == 1 else torch.cat([x[first::n] for first in range(n)])
 
     def scatter(self, x: torch.Tensor) -> torch.Tensor:
-        """Return (B, ...) from blocks in the order of the batch; what has no samples on axis 0 stays as it is."""
-        if self.num_subnets == 1 or not x.ndim or x.shape[0] != self.batch_size:
+        """Return (B, ...) from blocks in the order of the batch."""
+        if self.num_subnets == 1:
             return x
         order = self.gather(torch.arange(self.batch_size))
         return x.index_select(0, order.argsort().to(x.device))

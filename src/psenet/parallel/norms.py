@@ -52,9 +52,18 @@ def batch_norm(
             f"a batch of {blocks.batch_size} samples gives some of {blocks.num_subnets} subnets one value per channel, "
             f"which has no variance (features of shape {tuple(x.shape)}): take fewer subnets or larger batches"
         )
+    x = _dense(x)
     if torch.compiler.is_compiling():
         return _written_out(x, mask_nC, blocks, weight, bias, eps)
     return _BlockNorm.apply(x, weight, bias, mask_nC, blocks.sizes, eps)  # pyright: ignore[reportReturnType]
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    """Return x in a memory layout that torch's batch norm writes to: of others it takes garbage for statistics."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim, torch.contiguous_format)
+    if x.is_contiguous() or x.is_contiguous(memory_format=last):
+        return x
+    return x.contiguous(memory_format=last if x.stride(1) == 1 else torch.contiguous_format)
 
 
 class _BlockNorm(torch.autograd.Function):
@@ -114,10 +123,16 @@ def _written_out(
     bias: torch.Tensor | None,
     eps: float,
 ) -> torch.Tensor:
-    """Return the same in plain arithmetic, which a compiler fuses with what stands around it; blocks of one size."""
+    """Return the same in plain arithmetic, which a compiler fuses with what stands around it."""
+    if len({*blocks.sizes}) > 1:
+        parts = zip(mask_nC.split(1), x.split(blocks.sizes), strict=True)
+        return torch.cat(
+            [_written_out(part, mask, Blocks(1, len(part)), weight, bias, eps) for mask, part in parts]
+        )
     split = x.unflatten(0, (blocks.num_subnets, -1))
     inner = [1] * (x.ndim - 2)
-    variance, mean = torch.var_mean(split.float(), [1, *range(3, split.ndim)], correction=0, keepdim=True)
+    wide = split.float() if x.dtype in (torch.float16, torch.bfloat16) else split
+    variance, mean = torch.var_mean(wide, [1, *range(3, split.ndim)], correction=0, keepdim=True)
     mask = mask_nC.reshape(blocks.num_subnets, 1, -1, *inner).to(variance.dtype)
     scale = torch.rsqrt(variance + eps) * mask
     scale = scale if weight is None else scale * weight.reshape(-1, *inner)

@@ -21,7 +21,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from psenet.inputs import Inputs, as_arguments, map_tensors, num_samples, tensors_in
+from psenet.compiling import CheckedForward
+from psenet.inputs import Inputs, as_arguments, map_samples, map_tensors, num_samples, tensors_in
 from psenet.parallel.alone import AloneLayer
 from psenet.parallel.masks import MASK, Blocks, Current, MaskTable
 from psenet.parallel.norms import normalise_blocks
@@ -38,9 +39,10 @@ class ParallelSkeleton:
         model: The full-width module.
         space: Its width space.
         ceiling: The widths at which the pass is computed.
+        compiled: Compile the pass (see `psenet.compiling`).
     """
 
-    def __init__(self, model: nn.Module, space: WidthSpace, ceiling: Widths) -> None:
+    def __init__(self, model: nn.Module, space: WidthSpace, ceiling: Widths, *, compiled: bool = False) -> None:
         self.ceiling = ceiling
         self._space = space
         self._plans = space.wiring.masks
@@ -54,6 +56,7 @@ class ParallelSkeleton:
         self._alone: dict[str, AloneLayer] = {}
         for plan in self._plans:
             self._prepare(model, plan)
+        self._forward = CheckedForward(self.module) if compiled else self._plain_forward
         self._alone_names = {name for layer in self._alone.values() for name in layer.names}
 
     def __call__(
@@ -61,7 +64,8 @@ class ParallelSkeleton:
         state: Mapping[str, torch.Tensor],
         inputs: Inputs,
         widths: Sequence[Widths],
-        slices: SlicePlan | None = None,
+        *,
+        from_right: bool = False,
     ) -> Any:
         """Run the pass.
 
@@ -69,24 +73,28 @@ class ParallelSkeleton:
             state: The full-width parameters and buffers.
             inputs: What the model takes, B samples; sample j goes through `widths[j % n]`.
             widths: n subnets below the ceiling, n at most B.
-            slices: Other slices of the same shapes than the first channels, for a single subnet at its own widths.
+            from_right: Keep the last channels of every group instead of the first; for one subnet at its own widths.
 
         Returns:
             The model's output, samples in the order of the inputs.
         """
         blocks = self._current.blocks = Blocks(len(widths), num_samples(inputs))
         masks = self._table.masks(widths, tensors_in(inputs)[0].device)
-        tensors = (slices or self._slices)(state)
+        slices = SlicePlan(self._space, self.ceiling, from_right=True) if from_right else self._slices
+        tensors = slices(state)
         for name in self._buffers:  # what a forward writes into them is for nobody
             tensors[name] = tensors[name].clone()
         for plan, mask_nC in zip(self._plans, masks, strict=True):
             if plan.module not in self._alone:
                 tensors[f"{plan.module}.{MASK}" if plan.module else MASK] = mask_nC
         if self._alone:
-            self._prepare_alone(state, widths, masks)
-        # Each tied name comes with its slice.
-        arguments = as_arguments(map_tensors(blocks.gather, inputs))
-        return map_tensors(blocks.scatter, functional_call(self.module, tensors, arguments, tie_weights=False))
+            self._prepare_alone(state, widths, masks, from_right=from_right)
+        outputs = self._forward(tensors, as_arguments(map_tensors(blocks.gather, inputs)))
+        without = self._space.wiring.outputs_without_samples(training=self.module.training)
+        return map_samples(blocks.scatter, outputs, without)
+
+    def _plain_forward(self, tensors: State, arguments: tuple[Any, ...]) -> Any:
+        return functional_call(self.module, tensors, arguments, tie_weights=False)  # each tied name has its slice
 
     def _prepare(self, model: nn.Module, plan: MaskPlan) -> None:
         layer = self.module.get_submodule(plan.module)
@@ -104,10 +112,17 @@ class ParallelSkeleton:
             mask_ops(layer, self._current, plan.axis, plan.ops, plan.masked)
 
     def _prepare_alone(
-        self, state: Mapping[str, torch.Tensor], widths: Sequence[Widths], masks: Sequence[torch.Tensor]
+        self,
+        state: Mapping[str, torch.Tensor],
+        widths: Sequence[Widths],
+        masks: Sequence[torch.Tensor],
+        *,
+        from_right: bool,
     ) -> None:
         own = {name: state[name] for name in self._alone_names}
-        slices: list[State] = [SlicePlan(self._space, setting, own)(own) for setting in widths]
+        slices: list[State] = [
+            SlicePlan(self._space, setting, own, from_right=from_right)(own) for setting in widths
+        ]
         kept_by = {(plan.module, plan.kind): mask_nC for plan, mask_nC in zip(self._plans, masks, strict=True)}
         for path, layer in self._alone.items():
             layer.prepare(slices, kept_by[path, "alone_in"], kept_by[path, "alone_out"])

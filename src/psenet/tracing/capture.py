@@ -31,7 +31,7 @@ def what_runs(model: nn.Module, inputs: Inputs) -> list[str]:
     try:
         # The user's forward may count in its buffers or change its input in place.
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        with _noting(model) as calls, torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), torch.random.fork_rng(), _noting(model) as calls:
             outputs = functional_call(model, buffers, as_arguments(map_tensors(torch.clone, inputs)))
     except Exception as error:  # the user's forward may raise anything
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in(inputs))

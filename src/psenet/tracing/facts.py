@@ -121,5 +121,7 @@ class Reading:
     """Ids of the output channels of every layer with MACs."""
     foreign: list[tuple[str, np.ndarray]] = field(default_factory=list)
     """Rules of the user's own, and the ids of the tensors that they saw or described."""
+    constant_outputs: dict[bool, frozenset[int]] = field(default_factory=dict)
+    """Output tensors that do not depend on the input, by whether the model was in training mode."""
     trains_differently: bool = False
     """In training the model runs other code than in evaluation, or gives other outputs."""

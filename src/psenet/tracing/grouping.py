@@ -86,7 +86,7 @@ def build_space(
         groups,
         _costs(reading, grouping, layouts, batch_size),
         frozen=grouping.frozen_layers(),
-        wiring=Wiring(layouts, masks, constants, constant_lists, ordered),
+        wiring=Wiring(layouts, masks, constants, constant_lists, ordered, dict(reading.constant_outputs)),
     )
 
 

@@ -66,6 +66,7 @@ class Reader:
         names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         self.state_names = {node: (same_tensor or {}).get(name, name) for node, name in names.items()}
         self._user_inputs = set(signature.user_inputs)
+        self._user_outputs = signature.user_outputs
         self._graph = program.graph
         self.batch_size = 0
         """Samples in the example; a tensor of another size on axis 0 has its samples elsewhere."""
@@ -150,9 +151,9 @@ class Reader:
         name = self.state_names.get(node.name)
         ids = np.full([1] * len(shape), NO_CHANNEL, np.int64)
         if name is None:
-            self._activations.add(node)
-            if node.name in self._user_inputs and shape:  # the others are constants of the user's code
-                self.batch_size = self.batch_size or shape[0]
+            if node.name in self._user_inputs:  # the others are constants of the user's code
+                self._activations.add(node)
+                self.batch_size = self.batch_size or (shape[0] if shape else 0)
             return Value(ids, shape, True, itemsize_of(node))
         self.reading.shapes[name] = shape
         long = [axis for axis, size in enumerate(shape) if size > 1]
@@ -270,6 +271,12 @@ class Reader:
             if isinstance(known, Value):
                 self._known[base] = replace(known, zero=known.zero and zero)
             base = aliased(base)
+
+    def constant_outputs(self) -> frozenset[int]:
+        """Return which of the model's output tensors, counted in order, do not depend on its input."""
+        nodes = {node.name: node for node in self._graph.nodes}
+        found = [nodes[name] for name in self._user_outputs if isinstance(name, str) and name in nodes]
+        return frozenset(number for number, node in enumerate(found) if node not in self._activations)
 
     def _freeze_outputs(self, node: fx.Node) -> None:
         for source in node.all_input_nodes:
