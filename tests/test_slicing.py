@@ -13,6 +13,7 @@ from psenet import slicing
 from psenet.cost import PeakCost, ProductCost
 from psenet.errors import InputError
 from psenet.slicing import (
+    SlicePlan,
     load_slices,
     narrow_attributes,
     narrow_module,
@@ -210,14 +211,18 @@ def _axis(draw: st.DrawFn, sizes: Mapping[str, int]) -> tuple[tuple[Run, ...], l
     return tuple(runs), channels
 
 
+def _space_of(sizes: Mapping[str, int], layouts: Mapping[str, tuple[tuple[Run, ...], ...]]) -> WidthSpace:
+    none = SpaceCosts(macs=ProductCost([], 2), params=ProductCost([], 2), memory=PeakCost([], 2))
+    groups = [ChannelGroup(name, size, tuple(range(1, size + 1)), ()) for name, size in sizes.items()]
+    return WidthSpace(groups, none, wiring=Wiring(layouts))
+
+
 @given(st.data())
 def test_slices_of_any_layout_are_those_that_a_count_selects(data: st.DataObject):
     sizes = {"a": 4, "b": 3}
     axes = data.draw(st.lists(_axis(sizes), min_size=1, max_size=3))
     widths = Widths({name: data.draw(st.integers(1, size)) for name, size in sizes.items()})
-    none = SpaceCosts(macs=ProductCost([], 2), params=ProductCost([], 2), memory=PeakCost([], 2))
-    groups = [ChannelGroup(name, size, tuple(range(1, size + 1)), ()) for name, size in sizes.items()]
-    space = WidthSpace(groups, none, wiring=Wiring({"w": tuple(layout for layout, _ in axes)}))
+    space = _space_of(sizes, {"w": tuple(layout for layout, _ in axes)})
     shape = [len(channels) for _, channels in axes]
     whole = torch.arange(float(torch.tensor(shape).prod())).reshape(shape).requires_grad_()
     kept = {
@@ -234,6 +239,189 @@ def test_slices_of_any_layout_are_those_that_a_count_selects(data: st.DataObject
     (gradient,) = torch.autograd.grad(narrow["w"].sum(), whole)
     (expected_gradient,) = torch.autograd.grad(expected.sum(), whole)
     assert torch.equal(gradient, expected_gradient)
+
+
+@given(st.data())
+def test_slices_from_the_right_are_the_last_units_of_every_group(data: st.DataObject):
+    sizes = {"a": 4, "b": 3}
+    axes = data.draw(st.lists(_axis(sizes), min_size=1, max_size=3))
+    widths = Widths({name: data.draw(st.integers(1, size)) for name, size in sizes.items()})
+    space = _space_of(sizes, {"w": tuple(layout for layout, _ in axes)})
+    whole = torch.randn([len(channels) for _, channels in axes], dtype=torch.float64, requires_grad=True)
+    kept = {
+        axis: [
+            place for place, (group, unit) in enumerate(channels) if not group or unit >= sizes[group] - widths[group]
+        ]
+        for axis, (_, channels) in enumerate(axes)
+    }
+    narrow, expected = SlicePlan(space, widths, from_right=True)({"w": whole})["w"], _select(whole, kept)
+    assert torch.equal(narrow, expected)
+    in_one_piece = all(positions == _first(len(positions), positions[0]) for positions in kept.values())
+    assert _is_view(narrow, whole) or not in_one_piece
+    weighting = torch.randn(expected.shape, dtype=torch.float64)
+    for ours, theirs in zip(
+        torch.autograd.grad(narrow, whole, weighting), torch.autograd.grad(expected, whole, weighting), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+# Slices through autograd ----------------------------------------------------------------------------------------------
+
+_CONCATENATION = (Run(0, 1, 6), Run(None, 1, 2), Run(1, 2, 8), Run(0, 1, 6))
+"""Channels of group a (6 units), two frozen ones, those of group b (4 units, two channels each), and a again."""
+_SIDES = pytest.mark.parametrize("from_right", [False, True], ids=["left", "right"])
+
+
+def _by_hand(weight: torch.Tensor, from_right: bool) -> torch.Tensor:
+    """Take 4 of 6 units of a and 3 of 4 of b, on axis 0 of 22 channels, and 4 of 6 on axis 1."""
+    if from_right:
+        parts = [weight[2:6], weight[6:8], weight[10:16], weight[18:22]]
+        return torch.cat(parts, 0)[:, 2:6]
+    parts = [weight[0:4], weight[6:8], weight[8:14], weight[16:20]]
+    return torch.cat(parts, 0)[:, 0:4]
+
+
+def _plan(*, from_right: bool) -> SlicePlan:
+    space = _space_of({"a": 6, "b": 4}, {"w": (_CONCATENATION, (Run(0, 1, 6),), (Run(None, 1, 3),))})
+    return SlicePlan(space, Widths({"a": 4, "b": 3}), from_right=from_right)
+
+
+@_SIDES
+def test_the_gradient_of_a_concatenations_slices_is_that_of_plain_indexing(from_right: bool):
+    weight = torch.randn(22, 6, 3, dtype=torch.float64, requires_grad=True)
+    narrow, expected = _plan(from_right=from_right)({"w": weight})["w"], _by_hand(weight, from_right)
+    assert narrow.shape == (16, 4, 3) and torch.equal(narrow, expected)
+    weighting = torch.randn_like(narrow)
+    (ours,) = torch.autograd.grad((narrow.sin() * weighting).sum(), weight)
+    (theirs,) = torch.autograd.grad((expected.sin() * weighting).sum(), weight)
+    assert torch.equal(ours, theirs) and (ours == 0).sum() == weight.numel() - narrow.numel()
+
+
+@_SIDES
+def test_slices_have_first_and_second_derivatives(from_right: bool):
+    plan = _plan(from_right=from_right)
+    weight = torch.randn(22, 6, 3, dtype=torch.float64, requires_grad=True)
+
+    def take(tensor: torch.Tensor) -> torch.Tensor:
+        return plan({"w": tensor})["w"]
+
+    assert torch.autograd.gradcheck(take, (weight,))
+    (ours,) = torch.autograd.grad(take(weight).pow(3).sum(), weight, create_graph=True)
+    (theirs,) = torch.autograd.grad(_by_hand(weight, from_right).pow(3).sum(), weight, create_graph=True)
+    for first, second in zip(
+        torch.autograd.grad(ours.pow(2).sum(), weight), torch.autograd.grad(theirs.pow(2).sum(), weight), strict=True
+    ):
+        torch.testing.assert_close(first, second, rtol=1e-12, atol=1e-12)
+
+
+@_SIDES
+def test_gradients_of_several_steps_add_up(from_right: bool):
+    weight = torch.randn(22, 6, 3, dtype=torch.float64, requires_grad=True)
+    plan = _plan(from_right=from_right)
+    for factor in (1.0, 2.0):
+        (plan({"w": weight})["w"] * factor).sum().backward()
+    counts = torch.zeros(22, 6, 3, dtype=torch.float64, requires_grad=True)
+    _by_hand(counts, from_right).sum().backward()
+    assert weight.grad is not None and counts.grad is not None
+    assert torch.equal(weight.grad, 3 * counts.grad)
+
+
+@_SIDES
+@pytest.mark.parametrize("name", ["densenet", "split_by_concat", "channel_multiplier", "regnet", "split_attention"])
+def test_gradients_of_a_models_slices_are_those_of_plain_indexing(name: str, from_right: bool):
+    model, space = traced(name)
+    state = state_of(model)
+    parameters = {name: tensor for name, tensor in state.items() if isinstance(tensor, nn.Parameter)}
+    widths = space.uniform(0.5)
+    # The positions that stay are read from slices of numbered tensors, which have no gradient.
+    numbered = {name: torch.arange(tensor.numel()).reshape(tensor.shape) for name, tensor in parameters.items()}
+    plan = SlicePlan(space, widths, from_right=from_right)
+    places, narrow = plan(numbered), plan(parameters)
+    generator = torch.Generator().manual_seed(0)
+    weightings = {
+        name: torch.randn(tensor.shape, generator=generator, dtype=torch.float64) for name, tensor in narrow.items()
+    }
+    loss = torch.stack([(narrow[name] * weightings[name]).sum() for name in parameters]).sum()
+    for (name, tensor), gradient in zip(
+        parameters.items(), torch.autograd.grad(loss, list(parameters.values())), strict=True
+    ):
+        expected = torch.zeros(tensor.numel(), dtype=torch.float64)
+        expected[places[name].flatten()] = weightings[name].flatten()
+        assert torch.equal(gradient, expected.reshape(tensor.shape)), name
+
+
+def test_slices_without_gradients_have_none():
+    plan, weight = _plan(from_right=False), torch.randn(22, 6, 3, requires_grad=True)
+    with torch.no_grad():
+        assert not plan({"w": weight})["w"].requires_grad
+    assert not plan({"w": weight.detach()})["w"].requires_grad
+    assert plan({"w": weight})["w"].requires_grad
+
+
+# Which side, which names ----------------------------------------------------------------------------------------------
+
+
+def test_slices_from_the_right_are_the_channels_selected_by_hand():
+    model, space = traced("densenet")
+    widths = Widths({"0": 8, "1.conv": 4, "2.conv": 8, "5": 12, "7.conv": 4})
+    # Of 16 + 8 + 8 concatenated channels: the last 8, the last 4, all 8; of 16 + 8: the last 12, the last 4.
+    three, last = [*_first(8, 8), *_first(4, 20), *_first(8, 24)], [*_first(12, 4), *_first(4, 20)]
+    state = state_of(model)
+    narrow = SlicePlan(space, widths, from_right=True)(state)
+    for name, axes in {
+        "0.weight": {0: _first(8, 8)},
+        "1.norm.running_var": {0: _first(8, 8)},
+        "1.conv.weight": {0: _first(4, 4), 1: _first(8, 8)},
+        "2.norm.bias": {0: [*_first(8, 8), *_first(4, 20)]},
+        "3.weight": {0: three},
+        "5.weight": {0: _first(12, 4), 1: three},
+        "7.conv.weight": {0: _first(4, 4), 1: _first(12, 4)},
+        "8.running_mean": {0: last},
+        "10.3.weight": {1: last},
+        "10.3.bias": {},
+    }.items():
+        assert torch.equal(narrow[name], _select(state[name], axes)), name
+
+
+def test_a_unit_of_several_channels_stays_whole_from_the_right():
+    model, space = traced("channel_multiplier")
+    state = state_of(model)
+    narrow = SlicePlan(space, Widths({"0.0": 12, "5.0": 8}), from_right=True)(state)
+    for name, axes in {
+        "0.0.weight": {0: _first(12, 4)},
+        "2.weight": {0: _first(24, 8)},
+        "2.bias": {0: _first(24, 8)},
+        "5.0.weight": {0: _first(8, 8), 1: _first(24, 8)},
+        "7.3.weight": {1: _first(8, 8)},
+    }.items():
+        assert torch.equal(narrow[name], _select(state[name], axes)), name
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_slices_from_the_right_have_the_shapes_of_those_from_the_left(name: str):
+    model, space = traced(name)
+    state = state_of(model)
+    for widths in (space.smallest(), space.uniform(0.75)):
+        narrow = SlicePlan(space, widths, from_right=True)(state)
+        assert {key: tuple(tensor.shape) for key, tensor in narrow.items()} == sliced_shapes(state, space, widths)
+    whole = SlicePlan(space, space.full(), from_right=True)(state)
+    assert all(whole[key] is tensor for key, tensor in state.items())
+
+
+def test_a_plan_for_some_names_slices_these_as_a_plan_for_all_does():
+    model, space = traced("densenet")
+    state, widths = state_of(model), space.smallest()
+    names = ["5.weight", "3.bias", "10.3.bias"]
+    own = {name: state[name] for name in names}
+    some, every = SlicePlan(space, widths, names)(own), SlicePlan(space, widths)(own)
+    assert list(some) == names
+    assert all(torch.equal(some[name], every[name]) for name in names)
+    assert some["5.weight"].shape == (4, 12, 1, 1) and some["3.bias"].shape == (12,) and some["10.3.bias"].shape == (5,)
+
+
+def test_a_plan_for_no_names_slices_nothing():
+    model, space = traced("densenet")
+    assert SlicePlan(space, space.smallest(), [])({}) == {}
 
 
 def test_a_setting_of_another_space_is_refused():

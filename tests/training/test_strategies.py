@@ -126,13 +126,57 @@ def test_a_sandwich_is_the_full_the_smallest_and_two_random_networks(space: Widt
     assert max(abs(count / 600 - 1 / 20) for count in counts.values()) < 4 * math.sqrt(1 / 20 / 600)
 
 
+# Bilateral and single-path --------------------------------------------------------------------------------------------
+
+_COMPLEMENTS = {4: 16, 8: 12, 12: 8, 16: 4}, {8: 24, 12: 20, 16: 16, 20: 12, 24: 8}
+"""Of (4, 8, 12, 16) and (8, 12, 16, 20, 24) channels."""
+
+
+def test_a_bilateral_step_is_a_random_subnet_and_its_complement(space: WidthSpace):
+    chosen = make_strategy("bilateral", space, num_subnets=8, seed=0)
+    first, second = (group.name for group in space.groups)
+    counts: Counter[Widths] = Counter()
+    for _ in range(_NUM_STEPS):
+        widths, complement = chosen.next_widths()
+        assert complement == Widths({first: _COMPLEMENTS[0][widths[first]], second: _COMPLEMENTS[1][widths[second]]})
+        space.check(complement)
+        counts[widths] += 1
+    _assert_uniform(counts, space)
+
+
+@pytest.mark.parametrize("num_groups", [1, 3])
+def test_the_complement_of_the_full_net_is_the_smallest(num_groups: int):
+    layers = [torch.nn.Conv2d(8 if number else 3, 8, 1) for number in range(num_groups)]
+    space = make_space(torch.nn.Sequential(*layers, torch.nn.Conv2d(8, 2, 1)))
+    assert [group.choices for group in space.groups] == [(4, 8)] * num_groups
+    chosen = make_strategy("bilateral", space, seed=1)
+    for _ in range(50):
+        widths, complement = chosen.next_widths()
+        assert list(complement) == list(widths) and all(widths[name] + complement[name] == 12 for name in widths)
+        assert (widths == space.full()) == (complement == space.smallest())
+
+
+def test_a_single_path_step_is_one_uniformly_random_subnet(space: WidthSpace):
+    chosen = make_strategy("single-path", space, num_subnets=8, seed=0)
+    steps = [chosen.next_widths() for _ in range(_NUM_STEPS)]
+    assert all(len(widths) == 1 for widths in steps)
+    _assert_uniform(Counter(widths[0] for widths in steps), space)
+
+
+def _assert_uniform(counts: Counter[Widths], space: WidthSpace) -> None:
+    assert len(counts) == 20  # every setting of the space
+    for setting, count in counts.items():
+        space.check(setting)
+        _assert_share(count, 1 / 20)
+
+
+# All ------------------------------------------------------------------------------------------------------------------
+
+
 def test_each_strategy_has_its_passes(space: WidthSpace):
     functions = {"parallel": train_together, "single-path": train_together, "sandwich": train_distilled}
     for name, train in {**functions, "bilateral": train_on_both_sides}.items():
         assert make_strategy(name, space).train is train
-
-
-# Both -----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["parallel", "sandwich", "bilateral", "single-path"])

@@ -15,7 +15,7 @@ from psenet.errors import InputError
 from psenet.history import History
 from psenet.training import TrainConfig, TrainingDivergedError, make_strategy, train_supernet
 from psenet.training.loop import load_checkpoint
-from psenet.training.steps import train_distilled, train_together
+from psenet.training.steps import Backward, Task, train_distilled, train_on_both_sides, train_together
 from psenet.widths import Widths
 
 
@@ -41,6 +41,10 @@ class _Given:
 
 class _GivenSerial(_Given):
     train = staticmethod(train_distilled)
+
+
+class _GivenOnBothSides(_Given):
+    train = staticmethod(train_on_both_sides)
 
 
 def _widths(*rows: tuple[int, int]) -> list[Widths]:
@@ -155,6 +159,155 @@ def test_the_full_net_of_a_sandwich_can_have_a_teacher_too():
     _assert_gradients(supernet, expected)
 
 
+def _side_by_hand(supernet: psenet.Supernet, x: torch.Tensor, widths: Widths, *, from_right: bool) -> torch.Tensor:
+    """Run the toy net on the first or the last channels of its two convolutions, written out."""
+    first, second = widths["0"], widths["3"]
+    one, two = (slice(16 - first, 16), slice(24 - second, 24)) if from_right else (slice(first), slice(second))
+    weights = {name: supernet.model.get_parameter(name) for name, _ in supernet.model.named_parameters()}
+    x = nn.functional.conv2d(x, weights["0.weight"][one], padding=1)
+    x = nn.functional.batch_norm(x, None, None, weights["1.weight"][one], weights["1.bias"][one], training=True).relu()
+    x = nn.functional.conv2d(x, weights["3.weight"][two][:, one])
+    x = nn.functional.batch_norm(x, None, None, weights["4.weight"][two], weights["4.bias"][two], training=True).relu()
+    return x.mean((2, 3)) @ weights["9.weight"][:, two].T + weights["9.bias"]
+
+
+def _enliven_norms(supernet: psenet.Supernet) -> psenet.Supernet:
+    """Give scales and shifts values of their own, so that no channel's are like another's."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in supernet.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.rand(parameter.shape, generator=generator, dtype=parameter.dtype) * 0.5)
+    return supernet
+
+
+@pytest.mark.parametrize("size", [8, 7])
+def test_a_bilateral_step_has_the_gradient_of_both_widths_on_both_sides(size: int):
+    supernet = _enliven_norms(make_supernet(dtype=torch.float64))
+    expected, widths, data = copy.deepcopy(supernet).train(), _widths((4, 20), (16, 12)), _images(size)
+    history = _train(supernet, _GivenOnBothSides([widths]), size=size)
+    means = []
+    for setting in widths:
+        losses = []
+        for from_right in (False, True):
+            logits = _side_by_hand(expected, data.images, setting, from_right=from_right)
+            losses.append(_label_losses(logits, data.labels).mean())
+        (losses[0] + losses[1]).backward()
+        assert (losses[0] - losses[1]).abs().item() > 1e-3
+        means.append((losses[0] + losses[1]).item() / 2)
+    _assert_gradients(supernet, expected)
+    assert history.steps.tolist() == [0, 0]
+    assert supernet.space.from_array(history.widths) == widths
+    np.testing.assert_allclose(history.losses, means, rtol=1e-9)
+
+
+def test_a_bilateral_step_by_name_trains_a_subnet_and_its_complement():
+    supernet = _enliven_norms(make_supernet(dtype=torch.float64))
+    expected, data = copy.deepcopy(supernet).train(), _images(8)
+    history = _train(supernet, "bilateral", size=8, seed=3, num_subnets=5)
+    widths = make_strategy("bilateral", supernet.space, seed=3).next_widths()
+    for setting in widths:
+        for from_right in (False, True):
+            logits = _side_by_hand(expected, data.images, setting, from_right=from_right)
+            _label_losses(logits, data.labels).mean().backward()
+    _assert_gradients(supernet, expected)
+    assert supernet.space.from_array(history.widths) == widths
+
+
+def test_a_bilateral_step_mixes_in_the_soft_targets_of_the_teacher_on_both_sides():
+    supernet = _enliven_norms(make_supernet(dtype=torch.float64))
+    teacher, widths, data = make_net(seed=4, dtype=torch.float64), _widths((8, 16)), _images(8)
+    expected = copy.deepcopy(supernet).train()
+    config = TrainConfig(epochs=1, learning_rate=1e-300, distill_weight=0.3, distill_temperature=2.0)
+    history = _train(supernet, _GivenOnBothSides([widths]), size=8, config=config, teacher=teacher)
+    targets, losses = teacher.eval()(data.images).detach(), []
+    for from_right in (False, True):
+        logits = _side_by_hand(expected, data.images, widths[0], from_right=from_right)
+        soft = _soft_losses(logits, targets, 2.0)
+        losses.append((0.7 * _label_losses(logits, data.labels) + 0.3 * soft).mean())
+    (losses[0] + losses[1]).backward()
+    _assert_gradients(supernet, expected)
+    np.testing.assert_allclose(history.losses, [(losses[0] + losses[1]).item() / 2], rtol=1e-9)
+
+
+@pytest.mark.parametrize("size", [8, 7])
+def test_a_single_path_step_trains_one_random_subnet_on_the_whole_batch(size: int):
+    supernet = _enliven_norms(make_supernet(dtype=torch.float64))
+    expected, data = copy.deepcopy(supernet).train(), _images(size)
+    history = _train(supernet, "single-path", size=size, seed=6, num_subnets=5)
+    (setting,) = make_strategy("single-path", supernet.space, seed=6).next_widths()
+    logits = _side_by_hand(expected, data.images, setting, from_right=False)
+    loss = _label_losses(logits, data.labels).mean()
+    loss.backward()
+    _assert_gradients(supernet, expected)
+    assert history.steps.tolist() == [0] and supernet.space.from_array(history.widths) == [setting]
+    np.testing.assert_allclose(history.losses, [loss.item()], rtol=1e-9)
+
+
+class _HardestOnly(_Given):
+    """Trains only the subnet with the largest loss, from both sides, its loss doubled; tells of this one alone."""
+
+    @staticmethod
+    def train(
+        supernet: nn.Module, x: Any, labels: torch.Tensor, widths: Sequence[Widths], task: Task, backward: Backward
+    ) -> torch.Tensor:
+        loss = task.losses(supernet(x, widths[0]), x, labels).mean()
+        backward(2 * loss)
+        backward(task.loss_fn(supernet(x, widths[0], from_right=True), labels).mean())
+        return loss.detach()[None]
+
+
+def test_a_strategy_of_ones_own_trains_in_its_own_way():
+    supernet = _enliven_norms(make_supernet(dtype=torch.float64))
+    expected, widths, data = copy.deepcopy(supernet).train(), _widths((4, 20), (16, 12)), _images(8)
+    history = _train(supernet, _HardestOnly([widths]), size=8)
+    left, right = (_side_by_hand(expected, data.images, widths[0], from_right=side) for side in (False, True))
+    loss = _label_losses(left, data.labels).mean()
+    (2 * loss + _label_losses(right, data.labels).mean()).backward()
+    _assert_gradients(supernet, expected)
+    # What its function tells of is on record, not all that it was given.
+    assert history.steps.tolist() == [0] and supernet.space.from_array(history.widths) == widths[:1]
+    np.testing.assert_allclose(history.losses, [loss.item()], rtol=1e-9)
+
+
+def test_a_strategy_of_ones_own_gets_the_task_of_the_training():
+    tasks: list[tuple[Task, int]] = []
+
+    class Noting(_Given):
+        @staticmethod
+        def train(
+            supernet: nn.Module, x: Any, labels: torch.Tensor, widths: Sequence[Widths], task: Task, backward: Backward
+        ) -> torch.Tensor:
+            tasks.append((task, len(x)))
+            return train_together(supernet, x, labels, widths, task, backward)
+
+    supernet, teacher = make_supernet(dtype=torch.float64), make_net(seed=4, dtype=torch.float64)
+    config = TrainConfig(epochs=1, learning_rate=1e-300, distill_weight=0.3)
+    _train(supernet, Noting([_STEPS["two"]]), size=12, config=config, teacher=teacher)
+    assert [size for _, size in tasks] == [8, 4]
+    assert all(task.config is config and task.teacher is teacher for task, _ in tasks)
+    tasks.clear()
+    _train(supernet, Noting([_STEPS["two"]]), size=8, teacher=teacher)  # its outputs have no weight
+    assert [task.teacher for task, _ in tasks] == [None]
+
+
+@pytest.mark.parametrize("strategy", ["parallel", "bilateral", "single-path", "of one's own"])
+def test_distillation_without_a_teacher_is_refused(strategy: str):
+    supernet, config = make_supernet(dtype=torch.float64), TrainConfig(epochs=1, distill_weight=0.5)
+    before = copy_of(supernet.state_dict())
+    chosen = _HardestOnly([_STEPS["two"]]) if strategy == "of one's own" else strategy
+    with pytest.raises(InputError, match="distill_weight is above 0, but there is no teacher"):
+        _train(supernet, chosen, size=8, config=config)
+    assert_same(dict(supernet.state_dict()), before)
+
+
+@pytest.mark.parametrize("chosen", ["sandwich", _GivenSerial([_STEPS["two"]])], ids=["sandwich", "of one's own"])
+def test_a_sandwich_needs_no_teacher_to_distill(chosen: Any):
+    config = TrainConfig(epochs=1, learning_rate=1e-300, distill_weight=0.5)
+    history = _train(make_supernet(dtype=torch.float64), chosen, size=8, config=config, seed=3)
+    assert len(history) == (4 if chosen == "sandwich" else 2) and np.isfinite(history.losses).all()
+
+
 @pytest.mark.parametrize("strategy", ["parallel", "sandwich"])
 def test_a_loss_of_ones_own_is_what_is_trained_and_recorded(strategy: str):
     def squares(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -210,7 +363,9 @@ def test_a_short_last_batch_trains_norms_that_have_one_value_per_sample(size: in
     assert np.isfinite(history.losses).all()
 
 
-@pytest.mark.parametrize(("strategy", "per_step"), [("parallel", 3), ("sandwich", 4)])
+@pytest.mark.parametrize(
+    ("strategy", "per_step"), [("parallel", 3), ("sandwich", 4), ("bilateral", 2), ("single-path", 1)]
+)
 def test_the_record_follows_the_sequence_of_the_strategy(strategy: str, per_step: int):
     supernet = make_supernet()
     loader = make_loader(NoisyImages(24), batch_size=6)
@@ -233,7 +388,7 @@ def test_training_stops_after_the_steps_asked_for_and_returns_their_record():
 # The whole training ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", ["parallel", "sandwich"])
+@pytest.mark.parametrize("strategy", ["parallel", "sandwich", "bilateral", "single-path"])
 def test_training_lowers_the_loss_of_all_widths_and_leaves_the_statistics_alone(strategy: str):
     supernet, data = make_supernet(), NoisyImages(32)
     statistics = {name: tensor.clone() for name, tensor in supernet.named_buffers()}
@@ -293,7 +448,10 @@ def _strategy(name: str, supernet: psenet.Supernet, seed: int) -> Any:
     return make_strategy(name, supernet.space, num_subnets=4, seed=seed)
 
 
-@pytest.mark.parametrize(("name", "calls_per_step"), [("parallel", 1), ("sandwich", 4), ("of one's own", 1)])
+@pytest.mark.parametrize(
+    ("name", "calls_per_step"),
+    [("parallel", 1), ("sandwich", 4), ("bilateral", 4), ("single-path", 1), ("of one's own", 1)],
+)
 def test_a_training_that_was_stopped_continues_exactly(name: str, calls_per_step: int, tmp_path: Path):
     def train(checkpoint: Path, *, seed: int, stop: int | None = None) -> tuple[Any, ...]:
         torch.manual_seed(seed)
@@ -321,7 +479,9 @@ def test_a_training_that_was_stopped_continues_exactly(name: str, calls_per_step
     assert_same(torch.load(parts, weights_only=True), torch.load(whole, weights_only=True))
 
 
-@pytest.mark.parametrize(("strategy", "calls_per_step"), [("parallel", 1), ("sandwich", 4)])
+@pytest.mark.parametrize(
+    ("strategy", "calls_per_step"), [("parallel", 1), ("sandwich", 4), ("bilateral", 4), ("single-path", 1)]
+)
 def test_a_strategy_given_by_name_continues_too(strategy: str, calls_per_step: int, tmp_path: Path):
     def train(checkpoint: Path, *, seed: int = 3, stop: int | None = None) -> tuple[Any, ...]:
         torch.manual_seed(seed)

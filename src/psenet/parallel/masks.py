@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from psenet.errors import InputError
 from psenet.space import WidthSpace
 from psenet.tracing.layout import Layout, unit_index
 from psenet.widths import Widths
@@ -37,9 +38,18 @@ class Blocks:
         return x if n == 1 else torch.cat([x[first::n] for first in range(n)])
 
     def scatter(self, x: torch.Tensor) -> torch.Tensor:
-        """Return (B, ...) from blocks in the order of the batch."""
+        """Return (B, ...) from blocks in the order of the batch.
+
+        Raises:
+            InputError: The samples are not on axis 0.
+        """
         if self.num_subnets == 1:
             return x
+        if x.shape[:1] != (self.batch_size,):
+            raise InputError(
+                f"an output has the shape {tuple(x.shape)}; of {self.batch_size} samples, every output that depends on "
+                "the input must have one row each, on axis 0"
+            )
         order = self.gather(torch.arange(self.batch_size))
         return x.index_select(0, order.argsort().to(x.device))
 

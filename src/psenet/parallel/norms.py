@@ -126,9 +126,7 @@ def _written_out(
     """Return the same in plain arithmetic, which a compiler fuses with what stands around it."""
     if len({*blocks.sizes}) > 1:
         parts = zip(mask_nC.split(1), x.split(blocks.sizes), strict=True)
-        return torch.cat(
-            [_written_out(part, mask, Blocks(1, len(part)), weight, bias, eps) for mask, part in parts]
-        )
+        return torch.cat([_written_out(part, mask, Blocks(1, len(part)), weight, bias, eps) for mask, part in parts])
     split = x.unflatten(0, (blocks.num_subnets, -1))
     inner = [1] * (x.ndim - 2)
     wide = split.float() if x.dtype in (torch.float16, torch.bfloat16) else split

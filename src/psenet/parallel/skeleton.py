@@ -120,9 +120,7 @@ class ParallelSkeleton:
         from_right: bool,
     ) -> None:
         own = {name: state[name] for name in self._alone_names}
-        slices: list[State] = [
-            SlicePlan(self._space, setting, own, from_right=from_right)(own) for setting in widths
-        ]
+        slices: list[State] = [SlicePlan(self._space, setting, own, from_right=from_right)(own) for setting in widths]
         kept_by = {(plan.module, plan.kind): mask_nC for plan, mask_nC in zip(self._plans, masks, strict=True)}
         for path, layer in self._alone.items():
             layer.prepare(slices, kept_by[path, "alone_in"], kept_by[path, "alone_out"])
