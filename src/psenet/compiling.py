@@ -41,7 +41,8 @@ class CheckedForward:
             tensors: Its parameters and buffers by name.
             arguments: Its positional arguments.
         """
-        shapes = (self._module.training, torch.is_grad_enabled(), [tensor.shape for tensor in tensors_in(arguments)])
+        given = [*tensors.values(), *tensors_in(arguments)]
+        shapes = (self._module.training, torch.is_grad_enabled(), [tensor.shape for tensor in given])
         if self._shapes is None:
             self._shapes = shapes
             self._check(tensors, arguments)
@@ -61,7 +62,7 @@ class CheckedForward:
         try:
             compiled = self._results(self._compiled, tensors, arguments)
         except Exception as error:  # a compiler may raise anything
-            self._warn(f"compiling fails ({first_line(error)})")
+            self._warn(f"compiling fails ({first_line(getattr(error, 'inner_exception', error))})")
             return
         difference = _difference(plain, compiled)
         tolerance = max(TOLERANCE.get(tensor.dtype, COARSE) for tensor in plain)

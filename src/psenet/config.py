@@ -26,6 +26,8 @@ class PruneConfig:
     """How the supernet is trained; see `psenet.training.make_strategy`."""
     num_subnets: int = 8
     """Subnets per parallel step."""
+    compiled: bool = False
+    """Compile the supernet's passes; see `psenet.Supernet`."""
     num_evaluations: int = 100
     """Candidates that the search scores."""
     divisor: int = 8

@@ -307,7 +307,7 @@ class _Run:
 
     def _supernet(self, baseline: nn.Module) -> tuple[Supernet, History]:
         path, history_path = self.folder.file("stages/supernet.safetensors"), self.folder.file("stages/history.npz")
-        supernet = Supernet(baseline, self.space)
+        supernet = Supernet(baseline, self.space, compiled=self.config.compiled)
         if path.exists() and history_path.exists():
             _load_state(supernet.model, path)
             return supernet, History.load(history_path, self.space)

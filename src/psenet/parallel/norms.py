@@ -144,14 +144,14 @@ def normalise_blocks(layer: nn.Module, current: Current) -> None:
     layer.register_buffer(MASK, torch.empty(0, dtype=torch.bool, device="meta"), persistent=False)
 
     def forward(input: torch.Tensor) -> torch.Tensor:  # noqa: A002
-        statistics = (layer.running_mean, layer.running_var)
+        has_statistics = layer.running_mean is not None or layer.running_var is not None
         return batch_norm(
             input,
             layer.get_buffer(MASK),
             current.blocks,
             weight=layer.weight,
             bias=layer.bias,
-            statistics=None if layer.training or statistics == (None, None) else statistics,
+            statistics=(layer.running_mean, layer.running_var) if has_statistics and not layer.training else None,
             eps=layer.eps,
         )
 
