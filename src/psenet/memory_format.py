@@ -12,11 +12,15 @@ class ImageLayout:
     """Lays images out channels-last, if the model can read them so: a step is then 1.3 to 1.7 times as fast on a CPU.
 
     The weights stay as they are. A model that views a feature map as a vector refuses; it is tried out once.
+
+    Args:
+        model: What will read the images.
+        channels_last: False to leave images as they come; None for channels-last where possible.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, channels_last: bool | None = None) -> None:
         self._model = model
-        self._is_possible: bool | None = None
+        self._is_possible = channels_last
 
     def __call__(self, x: Inputs) -> Inputs:
         """Return the inputs, a single batch of images (B, C, H, W) channels-last if that is possible."""

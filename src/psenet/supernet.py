@@ -35,6 +35,8 @@ class Supernet(nn.Module):
         model: The user's model; it is copied and not changed.
         space: Its width space, from `psenet.trace`.
         strata: Keep ratios of the ceilings at which several subnets are computed together; 1.0 is always among them.
+        channels_last: Memory layout of images in a pass; None for channels-last where the model can read it, which is
+            faster on CPUs.
         compiled: Compile the pass of each ceiling with torch.compile. A pass is compiled at its first use, which takes
             about a minute; it pays off on GPUs. Compiled passes are compared with plain ones before they are used.
 
@@ -50,7 +52,13 @@ class Supernet(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, space: WidthSpace, *, strata: Sequence[float] = DEFAULT_STRATA, compiled: bool = False
+        self,
+        model: nn.Module,
+        space: WidthSpace,
+        *,
+        strata: Sequence[float] = DEFAULT_STRATA,
+        channels_last: bool | None = None,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.compiled = compiled
@@ -59,7 +67,7 @@ class Supernet(nn.Module):
         ceilings = {space.uniform(keep_ratio): None for keep_ratio in sorted({*strata, 1.0}, reverse=True)}
         self.strata: tuple[Widths, ...] = tuple(sorted(ceilings, key=space.macs))
         self._skeletons: OrderedDict[Widths, ParallelSkeleton] = OrderedDict()
-        self._layout = ImageLayout(self.model)
+        self._layout = ImageLayout(self.model, channels_last=channels_last)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the skeletons out of copies: their layers refer to each other, and they are quickly made again."""

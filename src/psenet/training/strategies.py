@@ -101,17 +101,17 @@ class ParallelStrategy(_Seeded):
     def __init__(self, space: WidthSpace, num_subnets: int, rng: np.random.Generator) -> None:
         super().__init__(space, num_subnets, rng)
         ceilings = {space.uniform(keep_ratio): None for keep_ratio in DEFAULT_STRATA}
-        self._ceilings = sorted(ceilings, key=space.macs)
-        lower = len(self._ceilings) - 1
-        self._shares = [(1 - FULL_CEILING_SHARE) / lower] * lower + [FULL_CEILING_SHARE] if lower else [1.0]
+        self.ceilings = sorted(ceilings, key=space.macs)
+        lower = len(self.ceilings) - 1
+        self.shares = [(1 - FULL_CEILING_SHARE) / lower] * lower + [FULL_CEILING_SHARE] if lower else [1.0]
 
     def next_widths(self) -> list[Widths]:
         """Return n subnets below one ceiling."""
-        ceiling = self._ceilings[int(self._rng.choice(len(self._ceilings), p=self._shares))]
+        ceiling = self.ceilings[int(self._rng.choice(len(self.ceilings), p=self.shares))]
         widths = [self._space.sample(self._rng, ceiling) for _ in range(self._num_subnets)]
-        if ceiling == self._ceilings[-1]:
+        if ceiling == self.ceilings[-1]:
             widths[0] = self._space.full()
-        elif ceiling == self._ceilings[0]:
+        elif ceiling == self.ceilings[0]:
             widths[0] = self._space.smallest()
         return widths
 
