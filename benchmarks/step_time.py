@@ -35,13 +35,14 @@ from psenet.training.steps import Task, train_together
 from psenet.training.strategies import ParallelStrategy, Strategy, make_strategy
 from psenet.widths import Widths
 
-CASES: tuple[tuple[str, int, int], ...] = (
+Model = tuple[str, int, int]
+"""Name, pixels, samples a batch."""
+CASES: tuple[Model, ...] = (
     ("timm:resnet18", 64, 64),
     ("timm:mobilenetv2_100", 96, 64),
     ("timm:resnet50", 224, 16),
     ("timm:mobilenetv2_100", 224, 16),
 )
-"""Model, pixels, samples a batch."""
 SERIAL = ("sandwich", "bilateral", "single-path")
 NUMBERS, BATCH_SIZES = (1, 2, 4, 8, 16, 32), (32, 64, 128, 256)
 TASK = Task(cross_entropy(), TrainConfig())
@@ -61,16 +62,16 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     if arguments.memory_of:
         spec, size, batch, kind = arguments.memory_of
-        print(peak_of_step(Bench(spec, int(size), int(batch), arguments.device, arguments.subnets), kind))
+        print(peak_of_step(Bench((spec, int(size), int(batch)), arguments.device, arguments.subnets), kind))
         return
     cases = []
     for number in arguments.cases:
-        bench = Bench(*CASES[number], arguments.device, arguments.subnets)
+        bench = Bench(CASES[number], arguments.device, arguments.subnets)
         cases.append(case(bench, arguments.rounds, compiled=arguments.compiled))
         print(json.dumps(cases[-1]["ratios"], indent=2), flush=True)
     first = CASES[0]
     growth = {
-        "by_subnets": by_subnets(Bench(*first, arguments.device, arguments.subnets), arguments.rounds),
+        "by_subnets": by_subnets(Bench(first, arguments.device, arguments.subnets), arguments.rounds),
         "by_batch_size": by_batch_size(first, arguments.device, arguments.subnets, arguments.rounds),
     }
     print(json.dumps(growth, indent=2))
@@ -82,8 +83,9 @@ def main() -> None:
 class Bench:
     """One model with its supernet, a batch, and the steps to time."""
 
-    def __init__(self, spec: str, size: int, batch_size: int, device: str, num_subnets: int) -> None:
+    def __init__(self, model: Model, device: str, num_subnets: int) -> None:
         torch.manual_seed(0)
+        spec, size, batch_size = model
         self.spec, self.size, self.batch_size, self.num_subnets = spec, size, batch_size, num_subnets
         self.device = torch.device(device)
         self.model = build_model(spec, num_classes=10).to(self.device).train()
@@ -194,11 +196,11 @@ def by_subnets(bench: Bench, rounds: int) -> dict[str, Any]:
     return {name: summary(values / seconds["1"]) for name, values in seconds.items()}
 
 
-def by_batch_size(model: tuple[str, int, int], device: str, num_subnets: int, rounds: int) -> dict[str, Any]:
+def by_batch_size(model: Model, device: str, num_subnets: int, rounds: int) -> dict[str, Any]:
     """Time the full ceiling against the plain step at several batch sizes."""
     found = {}
     for batch_size in BATCH_SIZES:
-        bench = Bench(model[0], model[1], batch_size, device, num_subnets)
+        bench = Bench((*model[:2], batch_size), device, num_subnets)
         steps = {
             "plain": bench.plain(channels_last=True),
             "full ceiling": bench.parallel(bench.supernet(), bench.space.full()),
