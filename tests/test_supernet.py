@@ -495,6 +495,14 @@ def test_images_run_channels_last_where_the_model_can(build: Callable[[], nn.Mod
         _assert_equal_to(supernet, x, widths, lambda setting, part: supernet.subnet(setting)(part), seed=n)
 
 
+def test_images_stay_as_they_come_where_that_is_asked_for():
+    trying = _small(_reading)
+    supernet = psenet.Supernet(trying.model, trying.space, channels_last=False).eval()
+    x, widths = Architecture(_reading).batch(6), [supernet.space.smallest(), supernet.space.full()]
+    assert _layouts(supernet, x, widths) == ["NCHW"] * 2
+    _assert_close(supernet(x, widths), trying.eval()(x, widths), floor=1e-6, what="outputs")
+
+
 def test_images_that_are_channels_last_already_make_no_difference():
     supernet = _small(_reading).eval()
     x, widths = Architecture(_reading).batch(5), [supernet.space.smallest(), supernet.space.full()]
