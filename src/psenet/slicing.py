@@ -100,8 +100,9 @@ def state_of(model: nn.Module) -> State:
     """
     state: State = {}
     for path, module in model.named_modules():
-        state.update(module.named_parameters(path, recurse=False, remove_duplicate=False))
-        state.update(module.named_buffers(path, recurse=False, remove_duplicate=False))
+        prefix = f"{path}." if path else ""
+        for tensors in (module._parameters, module._buffers):
+            state.update((prefix + name, tensor) for name, tensor in tensors.items() if tensor is not None)
     return state
 
 

@@ -4,6 +4,7 @@ Legend: N width settings, G channel groups.
 """
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import overload
@@ -144,6 +145,7 @@ class WidthSpace:
         self.wiring = wiring or Wiring(layouts={})
         self._index = {group.name: number for number, group in enumerate(self.groups)}
         self._choices = tuple(frozenset(group.choices) for group in self.groups)
+        self._num_choices = [len(group.choices) for group in self.groups]
         self._unit_G = np.array([group.unit for group in self.groups], dtype=np.int64)
 
     def __repr__(self) -> str:
@@ -188,14 +190,12 @@ class WidthSpace:
 
     def sample(self, rng: np.random.Generator, ceiling: Widths | None = None) -> Widths:
         """Draw every group's width uniformly from its choices, none wider than `ceiling` allows."""
-        top = self.full() if ceiling is None else ceiling
-        return Widths(
-            {
-                group.name: allowed[int(rng.integers(len(allowed)))]
-                for group in self.groups
-                for allowed in ([width for width in group.choices if width <= top[group.name]],)
-            }
-        )
+        counts = self._num_choices if ceiling is None else self._num_below(ceiling)
+        drawn = rng.integers(counts).tolist()
+        return Widths({group.name: group.choices[index] for group, index in zip(self.groups, drawn, strict=True)})
+
+    def _num_below(self, ceiling: Widths) -> list[int]:
+        return [bisect_right(group.choices, ceiling[group.name]) for group in self.groups]
 
     def check(self, widths: Widths) -> None:
         """Make sure that the widths belong to this space.
@@ -231,6 +231,10 @@ class WidthSpace:
         """Return how many units each group keeps, after checking that the widths are of this space."""
         self.check(widths)
         return tuple(widths[group.name] // group.unit for group in self.groups)
+
+    def units_array(self, widths: Sequence[Widths]) -> np.ndarray:
+        """Return how many units each group keeps, int64 of shape (N, G); the widths are not checked."""
+        return self.to_array(widths) // self._unit_G
 
     # Costs --------------------------------------------------------------------------------------------------------
 

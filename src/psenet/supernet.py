@@ -166,7 +166,8 @@ class Supernet(nn.Module):
             if len(self._skeletons) > _MAX_SKELETONS:
                 self._skeletons.popitem(last=False)
         self._skeletons.move_to_end(ceiling)
-        skeleton.module.train(self.training)
+        if skeleton.module.training != self.training:
+            skeleton.module.train(self.training)
         return skeleton
 
 

@@ -107,6 +107,7 @@ class MaskTable:
         if self._unit_A.device != device:
             self._group_A, self._unit_A = self._group_A.to(device), self._unit_A.to(device)
         # Frozen channels have the group -1, the last column, of which everything is kept.
-        units_nG = torch.tensor([(*self._space.units(setting), np.iinfo(np.int64).max) for setting in widths])
+        kept_nG = self._space.units_array(widths)
+        units_nG = torch.from_numpy(np.pad(kept_nG, ((0, 0), (0, 1)), constant_values=np.iinfo(np.int64).max))
         keep_nA = self._unit_A < units_nG.to(device, non_blocking=True)[:, self._group_A]
         return list(keep_nA.split(self._sizes, dim=1))
