@@ -74,12 +74,12 @@ def _interrupted_at(place: str, call: int) -> Iterator[None]:
 _PLACES = {
     # In the middle of a training's second epoch.
     "baseline": ("psenet.training.plain.mixed_loss", 5),
-    "supernet": ("psenet.training.supernet.mixed_loss", 5),
+    "supernet": ("psenet.training.steps.mixed_loss", 5),
     "fine-tuning of the searched net": ("psenet.training.plain.mixed_loss", NUM_STEPS + 5),
     "fine-tuning of the uniform net": ("psenet.training.plain.mixed_loss", 2 * NUM_STEPS + 5),
     # In the first epoch, before there is a checkpoint.
     "start of the baseline": ("psenet.training.plain.mixed_loss", 2),
-    "start of the supernet": ("psenet.training.supernet.mixed_loss", 2),
+    "start of the supernet": ("psenet.training.steps.mixed_loss", 2),
     # One score is asked for each candidate.
     "search": ("psenet.pipeline.soft_accuracy", 4),
     "choice": ("psenet.pipeline.paired_difference", 1),
@@ -115,7 +115,7 @@ def test_a_run_that_was_interrupted_again_and_again_ends_as_if_it_had_not_been(
     for place, call in (
         ("psenet.training.plain.mixed_loss", 4),
         ("psenet.training.plain.mixed_loss", 3),
-        ("psenet.training.supernet.mixed_loss", 5),
+        ("psenet.training.steps.mixed_loss", 5),
         ("psenet.pipeline.soft_accuracy", 2),
         ("psenet.pipeline.soft_accuracy", 3),
         ("psenet.training.plain.mixed_loss", 5),
@@ -310,7 +310,7 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path):
         ({"budget": Budget(macs="1G")}, "macs='1G' is above the full model's .*nothing to prune"),
         (
             {"config": short_config(strategy="bilaterol")},
-            r"unknown strategy 'bilaterol'; there are \['parallel', 'sandwich'",
+            r"unknown strategy 'bilaterol'; there are \['bilateral', 'parallel', 'sandwich'",
         ),
         ({"config": short_config(num_subnets=0)}, "num_subnets must be at least 1; got 0"),
         (

@@ -265,7 +265,7 @@ def test_a_required_option_that_is_missing_is_named(option: str, tmp_path: Path)
         ({"weight_decay": "-1"}, "weight_decay must be at least 0; got -1.0"),
         ({"distill": "1.5"}, "distill_weight must be between 0 and 1; got 1.5"),
         ({"mixed_precision": "fp8"}, "mixed_precision must be 'no', 'fp16' or 'bf16'; got 'fp8'"),
-        ({"strategy": "bilaterol"}, "unknown strategy 'bilaterol'; there are ['parallel', 'sandwich'"),
+        ({"strategy": "bilaterol"}, "unknown strategy 'bilaterol'; there are ['bilateral', 'parallel', 'sandwich'"),
     ],
 )
 def test_an_option_out_of_range_is_named_and_leaves_nothing(options: dict[str, str], message: str, tmp_path: Path):
