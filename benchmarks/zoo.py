@@ -324,7 +324,24 @@ def _section(title: str, records: list[dict[str, Any]]) -> str:
     counts = "\n".join(f"- {key}: {value}" for key, value in summary(records).items())
     columns = "| model | seconds | groups | elastic | smallest | difference | ONNX | Torch-Pruning | why not more |\n"
     rows = "\n".join(line(record) for record in records)
-    return f"## {title}\n\n{counts}\n\n{columns}{'| --- ' * 9}|\n{rows}\n\n"
+    missed = "\n".join(f"- `{record['model']}`: {miss}" for record in records if (miss := _miss(record)))
+    missed = f"What misses something, and why:\n\n{missed}\n\n" if missed else ""
+    return f"## {title}\n\n{counts}\n\n{missed}{columns}{'| --- ' * 9}|\n{rows}\n\n"
+
+
+def _miss(record: dict[str, Any]) -> str:
+    """Say in what a model misses the aims: traced, 90 % of the MACs elastic, equal, exported."""
+    if "groups" not in record:
+        return f"not traced ({record['error']})"
+    found = []
+    if record["elastic_share"] < 0.9:
+        causes = ", ".join(f"{reason} {share:.0%}" for reason, share in record["frozen"].items() if share >= 0.01)
+        found.append(f"{record['elastic_share']:.0%} elastic (frozen: {causes})")
+    if not (isinstance(record["difference"], float) and record["difference"] <= 1e-9):
+        found.append(f"not equal ({record['difference']})")
+    if record["onnx"] is not True:
+        found.append(f"not exported to ONNX ({record['onnx']})")
+    return "; ".join(found)
 
 
 def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
