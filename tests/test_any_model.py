@@ -1303,6 +1303,26 @@ def test_a_model_that_cannot_be_copied_is_refused():
         psenet.trace(model, torch.randn(2, 3, 8, 8))
 
 
+class _BiasFromCoordinates(nn.Module):
+    """Adds a faint bias that a little network computes from a buffer (as relative positions in attention)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("coordinates", torch.rand(7, 2, dtype=torch.float64))
+        self.mlp = nn.Sequential(nn.Linear(2, 32), nn.Sigmoid(), nn.Linear(32, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1e-5 * self.mlp(self.get_buffer("coordinates")).mean()
+
+
+@_MODES
+def test_what_is_computed_from_parameters_by_layers_stays_at_full_width(training: bool):
+    supernet = supernet_of(lambda: _Net(extra=_BiasFromCoordinates()))
+    assert _names(supernet.space) == ["a", "b"]
+    assert "is computed from parameters, once for all subnets" in _reasons(supernet.space)["extra.mlp.0"]
+    assert_guarantee(supernet, training=training)
+
+
 class _PlainTensor(nn.Module):
     """Keeps a constant as a plain attribute, neither parameter nor buffer: it comes before the input in the graph."""
 

@@ -231,7 +231,12 @@ class Call:
 
     def reads_across(self, value: Value, ids: np.ndarray, axis: int) -> None:
         """Say that this layer mixes the channels of its input, so dropped ones must be zero there."""
-        if not value.zero and value.tracked() and self._has_samples_first(value, ids):
+        if value.zero or not value.tracked():
+            return
+        if not self.depends_on_input:
+            reason = f"is computed from parameters, once for all subnets of a pass ({self.where()})"
+            self.reading.freezes.append(Freeze(ids[ids != NO_CHANNEL].reshape(-1), reason))
+        elif self._has_samples_first(value, ids):
             self.reading.masks.append(MaskNeed(self.module, ids, axis, "masked_input"))
 
     def _has_samples_first(self, value: Value, ids: np.ndarray) -> bool:
