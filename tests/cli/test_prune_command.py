@@ -185,7 +185,7 @@ def test_every_option_reaches_the_run(asked: _Asked, tmp_path: Path):
     }
     given = [str(part) for pair in options.items() for part in pair]
     out = tmp_path / "run"
-    ended = psenet("prune", "--model", MODEL, "--data", "digits", "--out", out, *given, "--resume")
+    ended = psenet("prune", "--model", MODEL, "--data", "digits", "--out", out, *given, "--compile", "--resume")
     assert (ended.code, ended.err) == (0, "")
     assert asked.named is not None
     config: PruneConfig = asked.named["config"]
@@ -195,7 +195,7 @@ def test_every_option_reaches_the_run(asked: _Asked, tmp_path: Path):
     settings = config.as_dict()
     trainings = [settings.pop(name) for name in ("baseline", "supernet", "finetune")]
     assert settings == {
-        **{"trained": False, "strategy": "sandwich", "num_subnets": 6, "num_evaluations": 7},
+        **{"trained": False, "strategy": "sandwich", "num_subnets": 6, "num_evaluations": 7, "compiled": True},
         **{"divisor": 4, "min_ratio": 0.5, "seed": 5, "exclude": ["conv1"], "opaque": ["stages.1.*"]},
     }
     assert [(training["epochs"], training["learning_rate"]) for training in trainings] == [(2, 0.3), (3, 0.2), (4, 0.1)]
