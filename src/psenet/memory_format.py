@@ -2,10 +2,9 @@
 
 import torch
 from torch import nn
-from torch.func import functional_call
 
 from psenet.inputs import Inputs
-from psenet.slicing import state_of
+from psenet.slicing import run_on_copied_buffers
 
 
 class ImageLayout:
@@ -34,15 +33,9 @@ class ImageLayout:
         return channels_last if self._is_possible else x
 
     def _runs(self, x: torch.Tensor) -> bool:
-        # Each name comes with its copy, also those of one tensor.
-        buffers = {
-            name: tensor.clone()
-            for name, tensor in state_of(self._model).items()
-            if not isinstance(tensor, nn.Parameter)
-        }
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-                functional_call(self._model, buffers, (x,), tie_weights=False)
+                run_on_copied_buffers(self._model, (x,))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:

@@ -5,11 +5,12 @@ differentiable views. Nothing else in psenet narrows anything.
 """
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from psenet.space import WidthSpace
 from psenet.tracing.layout import narrows_within_groups, segments
@@ -104,6 +105,13 @@ def state_of(model: nn.Module) -> State:
         for tensors in (module._parameters, module._buffers):
             state.update((prefix + name, tensor) for name, tensor in tensors.items() if tensor is not None)
     return state
+
+
+def run_on_copied_buffers(model: nn.Module, arguments: Sequence[Any]) -> Any:
+    """Return the model's outputs; what its forward writes into buffers (statistics, counters) is lost."""
+    buffers = {name: tensor.clone() for name, tensor in state_of(model).items() if not isinstance(tensor, nn.Parameter)}
+    # Each name comes with its copy; tying them would leave a copy in a module that stands in two places.
+    return functional_call(model, buffers, tuple(arguments), tie_weights=False)
 
 
 class SlicePlan:

@@ -37,8 +37,8 @@ class Supernet(nn.Module):
         strata: Keep ratios of the ceilings at which several subnets are computed together; 1.0 is always among them.
         channels_last: Memory layout of images in a pass; None for channels-last where the model can read it, which is
             faster on CPUs.
-        compiled: Compile the pass of each ceiling with torch.compile. A pass is compiled at its first use, which takes
-            about a minute; it pays off on GPUs. Compiled passes are compared with plain ones before they are used.
+        compiled: Compile the pass of each ceiling with torch.compile at its first use, which takes about a minute.
+            Meant for GPUs; slower on the CPUs measured. Compared with the plain pass before it is used.
 
     Example:
         >>> import psenet, torch

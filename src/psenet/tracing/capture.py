@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from psenet.errors import InputError, first_line
 from psenet.inputs import Inputs, as_arguments, map_tensors, tensors_in
+from psenet.slicing import run_on_copied_buffers
 
 _TORCH = f"{Path(torch.__file__).parent}/"
 
@@ -29,10 +29,9 @@ def what_runs(model: nn.Module, inputs: Inputs) -> list[str]:
         InputError: The forward fails, or an output has no samples.
     """
     try:
-        # The user's forward may count in its buffers or change its input in place.
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         with torch.no_grad(), torch.random.fork_rng(), _noting(model) as calls:
-            outputs = functional_call(model, buffers, as_arguments(map_tensors(torch.clone, inputs)))
+            copies = map_tensors(torch.clone, inputs)  # the user's forward may change its input in place
+            outputs = run_on_copied_buffers(model, as_arguments(copies))
     except Exception as error:  # the user's forward may raise anything
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in(inputs))
         raise InputError(f"the model refuses an input of shape {shapes}: {type(error).__name__}: {error}") from error

@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from psenet.evaluate import eval_mode
 from psenet.inputs import Inputs, as_arguments, map_tensors
+from psenet.slicing import run_on_copied_buffers
 
 
 def norms_in_order(model: nn.Module, inputs: Inputs) -> set[str]:
@@ -52,10 +52,9 @@ def _norm_inputs(model: nn.Module, inputs: Inputs) -> dict[str, list[torch.Tenso
         for path, module in model.named_modules()
         if isinstance(module, _BatchNorm)
     ]
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
         with eval_mode(model), torch.no_grad(), torch.random.fork_rng():
-            functional_call(model, buffers, as_arguments(inputs))
+            run_on_copied_buffers(model, as_arguments(inputs))
     finally:
         for hook in hooks:
             hook.remove()
