@@ -16,11 +16,15 @@ bilateral strategy are scored on both sides, and the mean counts.
 """
 
 import argparse
+import functools
 import gzip
 import json
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +37,7 @@ import psenet
 from evidence import write_result
 from psenet.data import DataSplits, load_data, make_loader
 from psenet.evaluate import SupernetScore, accuracy
+from psenet.importance import order_channels
 from psenet.rundir import read_json, write_json
 from psenet.space import WidthSpace
 from psenet.training import TrainConfig, train_model, train_supernet
@@ -47,6 +52,8 @@ BUDGET, BAND = 0.4, (0.9, 1.0)
 LENGTHS = {"parallel": (0.5, 1.0, 2.0), "single-path": (0.5, 1.0, 2.0), "sandwich": (0.5, 1.0), "bilateral": (0.5, 1.0)}
 """Trainings of each strategy, as multiples of the epochs."""
 TRUE_EPOCHS = 10
+LEARNING_RATES = {"parallel": 0.1, "single-path": 0.1, "sandwich": 0.1, "bilateral": 0.1}
+"""The best of 0.05, 0.1 and 0.2 for each strategy, in one training of six epochs with another seed."""
 CONFIG = TrainConfig(learning_rate=0.1, weight_decay=5e-4, warmup_ratio=0.1)
 
 
@@ -91,14 +98,28 @@ class Truth:
     """Mean over the seeds, in percent."""
     in_band: np.ndarray
     """True where the MACs are within the band of the budget."""
+    by_seed: np.ndarray | None = None
+    """The accuracies of each seed, shape (subnets, seeds)."""
+
+    def agreement_of_seeds(self) -> dict[str, float] | None:
+        """Return how well one seed agrees with the mean of the others: the noise of training itself."""
+        if self.by_seed is None or self.by_seed.shape[1] < 2:
+            return None
+        found = []
+        for seed in range(self.by_seed.shape[1]):
+            others = np.delete(self.by_seed, seed, axis=1).mean(axis=1)
+            found.append(agreement(self.by_seed[:, seed], replace(self, accuracies=others)))
+        return {key: round(float(np.mean([one[key] for one in found])), 3) for key in found[0]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="CIFAR-10 as an image folder")
     parser.add_argument("--truth", action="store_true", help="train the subnets alone and stop")
+    parser.add_argument("--workers", type=int, default=1, help="subnets trained at a time for the truth")
     parser.add_argument("--channel-bench", type=Path, help="ground truth of all 16,384 subnets (json.gz); needs a GPU")
     parser.add_argument("--epochs", type=int, default=6, help="epochs of the unit of a strategy's training")
+    parser.add_argument("--from-scratch", action="store_true", help="start from new weights, as the papers do")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--strategies", nargs="+", default=list(LENGTHS))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -109,27 +130,32 @@ def main() -> None:
         if not torch.cuda.is_available():
             parser.exit(message="skipped: the net of Channel-Bench-Macro has 0.8G MACs, and there is no GPU here\n")
         widths = _read_bench(arguments.channel_bench)["widths"]
-    data = load_data(arguments.data, max_train_images=None if arguments.channel_bench else NUM_IMAGES)
-    space = make_space(widths)
     if arguments.truth:
-        train_alone(space, data)
+        train_alone(arguments.data, arguments.workers, arguments.threads)
         return
+    data = load_data(arguments.data) if arguments.channel_bench else _load(arguments.data)
+    space = make_space(widths)
     truth = bench_truth(space, arguments.channel_bench) if arguments.channel_bench else read_truth(space)
     name = "ranking_channel_bench" if arguments.channel_bench else "ranking"
-    points = [
-        measure(strategy, length, seed, widths, space, truth, data, arguments.epochs)
-        for seed in range(arguments.seeds)
-        for strategy in arguments.strategies
-        for length in LENGTHS[strategy]
-    ]
-    macs = space.macs(truth.widths)
+    name += "_from_scratch" * arguments.from_scratch
+    race = Race(widths, space, truth, data, arguments.epochs, arguments.from_scratch)
+    points = []
+    for seed in range(arguments.seeds):
+        model = race.start(seed)
+        points += [
+            race.run(strategy, length, seed, model) for strategy in arguments.strategies for length in LENGTHS[strategy]
+        ]
+    rows = summary(points)
     figures = {
         "epochs": arguments.epochs,
-        "by_macs_alone": agreement(macs, truth),
-        "summary": summary(points),
+        "from_scratch": arguments.from_scratch,
+        "by_macs_alone": agreement(space.macs(truth.widths), truth),
+        "by_another_seed": truth.agreement_of_seeds(),
+        "time_to_reach": time_to_reach(rows),
+        "summary": rows,
         "points": points,
     }
-    print(json.dumps({"by_macs_alone": figures["by_macs_alone"], **figures["summary"]}, indent=2))
+    print(json.dumps({key: value for key, value in figures.items() if key != "points"}, indent=2))
     print(f"figures: {write_result(name, figures)}")
 
 
@@ -159,34 +185,49 @@ def _is_in_band(space: WidthSpace, widths: Sequence[Widths]) -> np.ndarray:
     return (shares >= BAND[0]) & (shares <= BAND[1])
 
 
-def train_alone(space: WidthSpace, data: DataSplits) -> None:
+def train_alone(folder: str, workers: int, threads: int) -> None:
     """Train what is missing in the file of the truth, and write it after every net."""
+    space = make_space(WIDTHS)
     kept = read_json(TRUTH) if TRUTH.exists() else {"widths": WIDTHS, "epochs": TRUE_EPOCHS, "subnets": []}
     records: dict[str, list[float]] = {json.dumps(r["subnet"]): r["accuracies"] for r in kept["subnets"]}
-    model = Net(WIDTHS)
+    subnets = [[widths[group.name] for group in space.groups] for widths in draw_subnets(space)]
     for seed in range(NUM_TRUE_SEEDS):
-        for widths in draw_subnets(space):
-            record = records.setdefault(json.dumps([widths[group.name] for group in space.groups]), [])
-            if len(record) > seed:
-                continue
-            torch.manual_seed(seed)
-            net = psenet.Supernet(model, space).extract(widths)
-            for layer in net.modules():
-                if isinstance(layer, nn.Conv2d | nn.Linear):
-                    layer.reset_parameters()
-            loader = make_loader(data.train, batch_size=BATCH_SIZE, shuffle=True, seed=seed)
-            train_model(net, loader, config=replace(CONFIG, epochs=TRUE_EPOCHS), show_progress=False)
-            record.append(round(accuracy(net, make_loader(data.test, batch_size=500, shuffle=False)), 2))
-            kept["subnets"] = [{"subnet": json.loads(key), "accuracies": value} for key, value in records.items()]
-            write_json(TRUTH, kept)
-            print(f"seed {seed} {space.macs(widths) / 1e6:.2f}M MACs: {record[-1]:.2f} %", flush=True)
+        missing = [subnet for subnet in subnets if len(records.setdefault(json.dumps(subnet), [])) <= seed]
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            accuracies = pool.map(_train_one, missing, *map(repeat, (seed, folder, threads)))
+            for subnet, reached in zip(missing, accuracies, strict=True):
+                records[json.dumps(subnet)].append(reached)
+                kept["subnets"] = [{"subnet": json.loads(key), "accuracies": value} for key, value in records.items()]
+                write_json(TRUTH, kept)
+                print(f"seed {seed} {subnet}: {reached:.2f} %", flush=True)
+
+
+def _train_one(subnet: list[int], seed: int, folder: str, threads: int) -> float:
+    """Train one subnet from new weights and return its accuracy on the test images."""
+    torch.set_num_threads(threads)
+    data = _load(folder)
+    torch.manual_seed(seed)
+    space = make_space(WIDTHS)
+    net = psenet.Supernet(Net(WIDTHS), space).extract(space.from_array(np.array([subnet]))[0])
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.reset_parameters()
+    loader = make_loader(data.train, batch_size=BATCH_SIZE, shuffle=True, seed=seed)
+    train_model(net, loader, config=replace(CONFIG, epochs=TRUE_EPOCHS), show_progress=False)
+    return round(accuracy(net, make_loader(data.test, batch_size=500, shuffle=False)), 2)
+
+
+@functools.cache
+def _load(folder: str) -> DataSplits:
+    return load_data(folder, max_train_images=NUM_IMAGES)
 
 
 def read_truth(space: WidthSpace) -> Truth:
     """Return what is in the file."""
     subnets = read_json(TRUTH)["subnets"]
     widths = space.from_array(np.array([record["subnet"] for record in subnets]))
-    return Truth(widths, np.array([np.mean(r["accuracies"]) for r in subnets]), _is_in_band(space, widths))
+    by_seed = np.array([record["accuracies"] for record in subnets])
+    return Truth(widths, by_seed.mean(axis=1), _is_in_band(space, widths), by_seed)
 
 
 def _read_bench(path: Path) -> dict[str, Any]:
@@ -209,30 +250,44 @@ def bench_truth(space: WidthSpace, path: Path, num_subnets: int = 2000) -> Truth
 # The strategies -------------------------------------------------------------------------------------------------------
 
 
-def measure(
-    strategy: str,
-    length: float,
-    seed: int,
-    widths: Sequence[int],
-    space: WidthSpace,
-    truth: Truth,
-    data: DataSplits,
-    epochs: int,
-) -> dict[str, Any]:
-    """Train a supernet for a time, and compare its scores with the truth."""
-    torch.manual_seed(seed)
-    supernet = psenet.Supernet(Net(widths), space)
-    loader = make_loader(data.train, batch_size=BATCH_SIZE, shuffle=True, seed=seed)
-    config = replace(CONFIG, epochs=max(1, round(length * epochs)))
-    start = time.perf_counter()
-    train_supernet(supernet, loader, strategy=strategy, config=config, seed=seed, show_progress=False)
-    seconds = time.perf_counter() - start
-    sides = (False, True) if strategy == "bilateral" else (False,)
-    scores = np.mean([_scores(supernet, truth.widths, data, from_right=side) for side in sides], axis=0)
-    point = {"strategy": strategy, "epochs": config.epochs, "seed": seed, "seconds": round(seconds, 1)}
-    point |= {"mean_accuracy": round(float(scores.mean()), 2), **agreement(scores, truth)}
-    print(json.dumps(point), flush=True)
-    return point
+@dataclass(frozen=True)
+class Race:
+    """What all strategies have in common."""
+
+    widths: Sequence[int]
+    space: WidthSpace
+    truth: Truth
+    data: DataSplits
+    epochs: int
+    from_scratch: bool
+
+    def start(self, seed: int) -> nn.Module:
+        """Return the network that every strategy starts from: trained alone, its channels ordered, or new."""
+        torch.manual_seed(seed)
+        model = Net(self.widths)
+        if self.from_scratch:
+            return model
+        train_model(model, self.loader(seed), config=replace(CONFIG, epochs=TRUE_EPOCHS), show_progress=False)
+        return order_channels(model, self.space)
+
+    def loader(self, seed: int) -> torch.utils.data.DataLoader:
+        """Return the batches of one training."""
+        return make_loader(self.data.train, batch_size=BATCH_SIZE, shuffle=True, seed=seed)
+
+    def run(self, strategy: str, length: float, seed: int, model: nn.Module) -> dict[str, Any]:
+        """Train a supernet for a time, and compare its scores with the truth."""
+        torch.manual_seed(seed)
+        supernet = psenet.Supernet(model, self.space)
+        config = replace(CONFIG, epochs=max(1, round(length * self.epochs)), learning_rate=LEARNING_RATES[strategy])
+        start = time.perf_counter()
+        train_supernet(supernet, self.loader(seed), strategy=strategy, config=config, seed=seed, show_progress=False)
+        seconds = time.perf_counter() - start
+        sides = (False, True) if strategy == "bilateral" else (False,)
+        scores = np.mean([_scores(supernet, self.truth.widths, self.data, from_right=side) for side in sides], axis=0)
+        point = {"strategy": strategy, "epochs": config.epochs, "seed": seed, "seconds": round(seconds, 1)}
+        point |= {"mean_accuracy": round(float(scores.mean()), 2), **agreement(scores, self.truth)}
+        print(json.dumps(point), flush=True)
+        return point
 
 
 @dataclass(frozen=True)
@@ -271,20 +326,49 @@ def agreement(scores: np.ndarray, truth: Truth) -> dict[str, float]:
     }
 
 
-def summary(points: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return mean and standard deviation over the seeds, by strategy and epochs."""
+def summary(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return mean and standard deviation over the seeds, a row for each strategy and number of epochs."""
     keys = ("seconds", "mean_accuracy", "tau", "tau_in_band", "rho", "rho_in_band")
-    return {
-        f"{strategy}, {epochs} epochs": {
+    rows = []
+    for strategy, epochs in dict.fromkeys((point["strategy"], point["epochs"]) for point in points):
+        some = [point for point in points if (point["strategy"], point["epochs"]) == (strategy, epochs)]
+        spread = {
             key: {
-                "mean": round(float(np.mean([p[key] for p in some])), 3),
-                "std": round(float(np.std([p[key] for p in some], ddof=1 if len(some) > 1 else 0)), 3),
+                "mean": round(float(np.mean([point[key] for point in some])), 3),
+                "std": round(float(np.std([point[key] for point in some], ddof=min(1, len(some) - 1))), 3),
             }
             for key in keys
         }
-        for strategy, epochs in dict.fromkeys((p["strategy"], p["epochs"]) for p in points)
-        for some in ([p for p in points if (p["strategy"], p["epochs"]) == (strategy, epochs)],)
-    }
+        rows.append({"strategy": strategy, "epochs": epochs, **spread})
+    return rows
+
+
+def time_to_reach(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | str]]:
+    """Return after what share of a rival's whole time `parallel` has what the rival has at its end.
+
+    Between the points of `parallel`, means over the seeds are joined by straight lines.
+    """
+    ours = sorted((row for row in rows if row["strategy"] == "parallel"), key=lambda row: row["epochs"])
+    found: dict[str, dict[str, float | str]] = {}
+    for rival in dict.fromkeys(row["strategy"] for row in rows if row["strategy"] != "parallel"):
+        end = max((row for row in rows if row["strategy"] == rival), key=lambda row: row["epochs"])
+        found[rival] = {
+            key: _share_of_time(ours, key, end[key]["mean"], end["seconds"]["mean"]) for key in ("mean_accuracy", "tau")
+        }
+    return found
+
+
+def _share_of_time(ours: Sequence[dict[str, Any]], key: str, target: float, seconds: float) -> float | str:
+    before = None
+    for row in ours:
+        now, reached = row["seconds"]["mean"], row[key]["mean"]
+        if reached >= target:
+            if before is None:
+                return f"at most {now / seconds:.2f}"
+            then, had = before
+            return round((then + (now - then) * (target - had) / (reached - had)) / seconds, 3)
+        before = now, reached
+    return "not reached"
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ CASES: tuple[Model, ...] = (
     ("timm:mobilenetv2_100", 224, 16),
 )
 SERIAL = ("sandwich", "bilateral", "single-path")
+LEAST_ROUNDS, MOST_ROUNDS = 3, 30
 NUMBERS, BATCH_SIZES = (1, 2, 4, 8, 16, 32), (32, 64, 128, 256)
 TASK = Task(cross_entropy(), TrainConfig())
 Step = Callable[[], Any]
@@ -53,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=180, help="time for the rounds of one model")
     parser.add_argument("--subnets", type=int, default=8)
     parser.add_argument("--compiled", action="store_true", help="time compiled steps, too: minutes more for each model")
     parser.add_argument("--cases", type=int, nargs="+", default=list(range(len(CASES))), help="numbers of the models")
@@ -67,15 +68,15 @@ def main() -> None:
     cases = []
     for number in arguments.cases:
         bench = Bench(CASES[number], arguments.device, arguments.subnets)
-        cases.append(case(bench, arguments.rounds, compiled=arguments.compiled))
+        cases.append(case(bench, arguments.seconds, compiled=arguments.compiled))
         print(json.dumps(cases[-1]["ratios"], indent=2), flush=True)
     first = CASES[0]
     growth = {
-        "by_subnets": by_subnets(Bench(first, arguments.device, arguments.subnets), arguments.rounds),
-        "by_batch_size": by_batch_size(first, arguments.device, arguments.subnets, arguments.rounds),
+        "by_subnets": by_subnets(Bench(first, arguments.device, arguments.subnets), arguments.seconds / 4),
+        "by_batch_size": by_batch_size(first, arguments.device, arguments.subnets, arguments.seconds / 10),
     }
     print(json.dumps(growth, indent=2))
-    settings = {"device": arguments.device, "subnets": arguments.subnets, "rounds": arguments.rounds}
+    settings = {"device": arguments.device, "subnets": arguments.subnets, "seconds": arguments.seconds}
     name = "step_time" if arguments.device == "cpu" else "step_time_gpu"
     print(f"figures: {write_result(name, {**settings, 'cases': cases, **growth}, seed=0)}")
 
@@ -131,21 +132,27 @@ class Bench:
 
         return step
 
-    def rounds(self, steps: dict[str, Step], number: int) -> dict[str, np.ndarray]:
-        """Return the seconds of every step in every round, after two rounds that do not count."""
-        seconds: dict[str, list[float]] = {name: [] for name in steps}
-        for round_number in range(number + 2):
+    def rounds(self, steps: dict[str, Step], seconds: float) -> dict[str, np.ndarray]:
+        """Return the time of every step in every round, after one round that does not count.
+
+        Rounds go on for so many seconds, but there are never fewer than three nor more than thirty.
+        """
+        found: dict[str, list[float]] = {name: [] for name in steps}
+        began = time.perf_counter()
+        for number in range(MOST_ROUNDS + 1):
             for name, step in steps.items():
                 start = time.perf_counter()
                 step()
                 if self.device.type == "cuda":
                     torch.cuda.synchronize()
-                if round_number >= 2:
-                    seconds[name].append(time.perf_counter() - start)
-        return {name: np.array(values) for name, values in seconds.items()}
+                if number:
+                    found[name].append(time.perf_counter() - start)
+            if number >= LEAST_ROUNDS and time.perf_counter() - began > seconds:
+                break
+        return {name: np.array(values) for name, values in found.items()}
 
 
-def case(bench: Bench, rounds: int, *, compiled: bool) -> dict[str, Any]:
+def case(bench: Bench, seconds: float, *, compiled: bool) -> dict[str, Any]:
     """Time all steps of one model."""
     strategy = ParallelStrategy(bench.space, bench.num_subnets, bench.rng)
     supernet, contiguous = bench.supernet(), bench.supernet(channels_last=False)
@@ -161,14 +168,15 @@ def case(bench: Bench, rounds: int, *, compiled: bool) -> dict[str, Any]:
     for label, net in variants.items():
         for number, ceiling in enumerate(strategy.ceilings):
             steps[f"stratum {number}{label}"] = bench.parallel(net, ceiling)
-    seconds = bench.rounds(steps, rounds)
+    times = bench.rounds(steps, seconds)
     for label in variants:
-        strata = [seconds[f"stratum {number}{label}"] for number in range(len(strategy.ceilings))]
-        seconds[f"parallel{label}"] = np.average(strata, axis=0, weights=strategy.shares)
-    best = min("plain", "plain, contiguous", key=lambda name: np.median(seconds[name]))
+        strata = [times[f"stratum {number}{label}"] for number in range(len(strategy.ceilings))]
+        times[f"parallel{label}"] = np.average(strata, axis=0, weights=strategy.shares)
+        times[f"mean over strata{label}"] = np.mean(strata, axis=0)
+    best = min("plain", "plain, contiguous", key=lambda name: np.median(times[name]))
     ratios = {
-        **{f"{name} / {best}": summary(values / seconds[best]) for name, values in seconds.items() if name != best},
-        **{f"parallel / {name}": summary(seconds["parallel"] / seconds[name]) for name in SERIAL},
+        **{f"{name} / {best}": summary(values / times[best]) for name, values in times.items() if name != best},
+        **{f"parallel / {name}": summary(times["parallel"] / times[name]) for name in SERIAL},
     }
     memory = {kind: _memory_in_own_process(bench, kind) for kind in ("plain", "parallel")}
     full = bench.space.macs(bench.space.full())
@@ -176,7 +184,8 @@ def case(bench: Bench, rounds: int, *, compiled: bool) -> dict[str, Any]:
         "model": bench.spec,
         "image_size": bench.size,
         "batch_size": bench.batch_size,
-        "milliseconds": {name: summary(1000 * values) for name, values in seconds.items()},
+        "rounds": len(times["plain"]),
+        "milliseconds": {name: summary(1000 * values) for name, values in times.items()},
         "ratios": ratios,
         "strata": [
             {"macs_share": round(bench.space.macs(ceiling) / full, 3), "share_of_steps": share}
@@ -187,16 +196,16 @@ def case(bench: Bench, rounds: int, *, compiled: bool) -> dict[str, Any]:
     }
 
 
-def by_subnets(bench: Bench, rounds: int) -> dict[str, Any]:
+def by_subnets(bench: Bench, seconds: float) -> dict[str, Any]:
     """Time the full ceiling with more and more subnets, against one."""
     supernet, full = bench.supernet(), bench.space.full()
     numbers = [number for number in NUMBERS if 2 * number <= bench.batch_size]
     steps = {str(number): bench.parallel(supernet, full, number) for number in numbers}
-    seconds = bench.rounds(steps, rounds)
-    return {name: summary(values / seconds["1"]) for name, values in seconds.items()}
+    times = bench.rounds(steps, seconds)
+    return {name: summary(values / times["1"]) for name, values in times.items()}
 
 
-def by_batch_size(model: Model, device: str, num_subnets: int, rounds: int) -> dict[str, Any]:
+def by_batch_size(model: Model, device: str, num_subnets: int, seconds: float) -> dict[str, Any]:
     """Time the full ceiling against the plain step at several batch sizes."""
     found = {}
     for batch_size in BATCH_SIZES:
@@ -205,8 +214,8 @@ def by_batch_size(model: Model, device: str, num_subnets: int, rounds: int) -> d
             "plain": bench.plain(channels_last=True),
             "full ceiling": bench.parallel(bench.supernet(), bench.space.full()),
         }
-        seconds = bench.rounds(steps, rounds)
-        found[str(batch_size)] = summary(seconds["full ceiling"] / seconds["plain"])
+        times = bench.rounds(steps, seconds)
+        found[str(batch_size)] = summary(times["full ceiling"] / times["plain"])
     return found
 
 

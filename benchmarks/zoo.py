@@ -48,8 +48,9 @@ from psenet.space import WidthSpace
 
 SIZES = (96, 128, 160, 224, 256, 288, 299, 384)
 LARGEST, LARGEST_OF_TORCHVISION = 60e6, 150e6
-PATIENCE, MEMORY = 60, 8 * 2**30
-"""Seconds and bytes of address space that Torch-Pruning may take for a model; some would fill the machine."""
+PATIENCE, PATIENCE_FOR_A_MILLION, MEMORY = 60, 5, 14 * 2**30
+"""What Torch-Pruning may take for a model: seconds, more of them for every million parameters, and bytes of address
+space. Some would run for ever or fill the machine."""
 FORK = get_context("fork")
 TABLE = Path(__file__).parent.parent / "docs" / "zoo.md"
 NUM_CLASSES = 10
@@ -228,7 +229,7 @@ def _difference(model: nn.Module, space: WidthSpace, x: torch.Tensor) -> float:
         for number, setting in enumerate(widths):
             for net in (supernet.extract(setting), supernet.subnet(setting)):
                 for ours, alone in zip(together, tensors_in(net(batch[number::3])), strict=True):
-                    scale = alone.abs().max().clamp_min(1e-12)
+                    scale = alone.abs().max().clamp_min(1e-300)  # fresh nets can have outputs near zero
                     worst = max(worst, float((ours[number::3] - alone).abs().max() / scale))
     return worst
 
@@ -247,9 +248,10 @@ def _torch_pruning(name: str, x: torch.Tensor) -> dict[str, Any] | str:
     receiver, sender = FORK.Pipe(duplex=False)
     process = FORK.Process(target=_prune_by_torch_pruning, args=(name, x, sender))
     process.start()
+    patience = max(PATIENCE, PATIENCE_FOR_A_MILLION * _num_parameters(name) // 1_000_000)
     try:
-        if not receiver.poll(PATIENCE):
-            return f"not done in {PATIENCE} s"
+        if not receiver.poll(patience):
+            return f"not done in {patience} s"
         return receiver.recv()
     except EOFError:
         return "the process died"
