@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from psenet.budget import Limits
 from psenet.errors import InputError
 from psenet.space import WidthSpace
 from psenet.training.config import TrainConfig
@@ -26,6 +27,8 @@ class PruneConfig:
     """How the supernet is trained; see `psenet.training.make_strategy`."""
     num_subnets: int = 8
     """Subnets per parallel step."""
+    focus: bool = False
+    """Train mostly subnets near the budget; a supernet for one budget only."""
     compiled: bool = False
     """Compile the supernet's passes; see `psenet.Supernet`."""
     num_evaluations: int = 100
@@ -50,11 +53,15 @@ class PruneConfig:
         }
         return plain | {name: value.as_dict() for name, value in vars(self).items() if isinstance(value, TrainConfig)}
 
-    def check(self, space: WidthSpace) -> None:
+    def check(self, space: WidthSpace, limits: Limits) -> None:
         """Refuse now what a stage would refuse hours later.
 
+        Args:
+            space: The width space of the model.
+            limits: The budget, worked out for it.
+
         Raises:
-            InputError: A number is too small, the strategy is unknown, or the device lacks the precision.
+            InputError: A number is too small, the strategy is unknown or has no focus, the device lacks the precision.
         """
         least = {"seed": 0, "num_evaluations": 1}
         given = {name: getattr(self, name) for name in least}
@@ -65,6 +72,8 @@ class PruneConfig:
         ]
         if problems:
             raise InputError("; ".join(problems))
-        make_strategy(self.strategy, space, num_subnets=self.num_subnets, seed=self.seed)
+        make_strategy(
+            self.strategy, space, num_subnets=self.num_subnets, seed=self.seed, focus=limits if self.focus else None
+        )
         for training in (self.baseline, self.supernet, self.finetune):
             make_accelerator(training.mixed_precision)

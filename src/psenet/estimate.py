@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from psenet.budget import Limits
 from psenet.devices import to_device
 from psenet.inputs import Inputs, as_arguments, num_samples
 from psenet.supernet import Supernet
@@ -29,6 +30,7 @@ def estimate_seconds(
     steps: Mapping[str, int],
     num_subnets: int,
     strategy: str,
+    focus: Limits | None = None,
     num_calibration: int,
     num_validation: int,
     num_evaluations: int,
@@ -44,6 +46,7 @@ def estimate_seconds(
         steps: Optimizer steps of `baseline`, `supernet` and `finetune` (the last counts both nets).
         num_subnets: Subnets per parallel step.
         strategy: The training strategy.
+        focus: What it focuses on.
         num_calibration: Images used to recalibrate a candidate.
         num_validation: Images a candidate is scored on.
         num_evaluations: Candidates.
@@ -55,7 +58,7 @@ def estimate_seconds(
     plain = copy.deepcopy(model).to(device).train()
     plain_seconds = _median_seconds(lambda: _step(plain, plain(*as_arguments(x)), labels))
     elastic = copy.deepcopy(supernet).to(device).train()
-    chosen = make_strategy(strategy, supernet.space, num_subnets=num_subnets, seed=0)
+    chosen = make_strategy(strategy, supernet.space, num_subnets=num_subnets, seed=0, focus=focus)
     task = Task(cross_entropy(), TrainConfig())
 
     def supernet_step() -> None:

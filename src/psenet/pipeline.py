@@ -129,7 +129,7 @@ def prune(
         opaque=config.opaque,
     )
     limits = budget.resolve(space)
-    config.check(space)
+    config.check(space, limits)
     recipe = {
         **names,
         "input_shape": _shape_of(example_input),
@@ -227,6 +227,10 @@ class _Run:
         write_json(self.folder.file("result.json"), record)
         return PruneResult(model=pruned.module, widths=pruned.widths, space=self.space, record=record, export=report)
 
+    @property
+    def _focus(self) -> Limits | None:
+        return self.limits if self.config.focus else None
+
     # Stages -------------------------------------------------------------------------------------------------------
 
     def _finished(self) -> PruneResult | None:
@@ -277,6 +281,7 @@ class _Run:
             },
             num_subnets=config.num_subnets,
             strategy=config.strategy,
+            focus=self._focus,
             num_calibration=_num_images(self.loaders.calibration),
             num_validation=_num_images(self.loaders.validation),
             num_evaluations=config.num_evaluations,
@@ -319,6 +324,7 @@ class _Run:
                 self.loaders.train,
                 num_subnets=self.config.num_subnets,
                 strategy=self.config.strategy,
+                focus=self._focus,
                 config=self.config.supernet,
                 teacher=baseline if self.config.supernet.distill_weight else None,
                 seed=self.config.seed,

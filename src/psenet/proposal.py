@@ -86,13 +86,7 @@ class Proposal:
 
     def draw(self, num: int, rng: np.random.Generator) -> np.ndarray:
         """Draw settings, inside the limits or not, int64 of shape (num, G)."""
-        cumulative_GC = np.cumsum(self.probability, axis=1)[:, :-1]
-        uniform_NG = rng.random((num, len(cumulative_GC)))
-        levels_NG = np.zeros(uniform_NG.shape, dtype=np.int64)
-        for cut_G in cumulative_GC.T:
-            levels_NG += uniform_NG > cut_G
-        # Rounding may leave the last cumulative sum below one.
-        return np.minimum(levels_NG, self.levels.num_G - 1)
+        return draw_levels(self.probability, num, rng)
 
     def sample(self, num: int, rng: np.random.Generator) -> np.ndarray:
         """Draw settings inside the limits, int64 of shape (num, G); duplicates only if fewer settings keep them."""
@@ -190,6 +184,18 @@ class Proposal:
         return np.concatenate(found), True
 
 
+def draw_levels(probability_GC: np.ndarray, num: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw levels from independent distributions over each group's choices, int64 of shape (num, G)."""
+    cumulative_GC = np.cumsum(probability_GC, axis=1)[:, :-1]
+    uniform_NG = rng.random((num, len(cumulative_GC)))
+    levels_NG = np.zeros(uniform_NG.shape, dtype=np.int64)
+    for cut_G in cumulative_GC.T:
+        levels_NG += uniform_NG > cut_G
+    # Rounding may leave the last cumulative sum below one.
+    last_G = probability_GC.shape[1] - 1 - (probability_GC[:, ::-1] > 0).argmax(axis=1)
+    return np.minimum(levels_NG, last_G)
+
+
 def bend(levels: Levels, probability_GC: np.ndarray, limits: Limits) -> np.ndarray:
     """Bend a distribution towards the limits: multiply by exp(-pressure * width share) so that the mean fits them.
 
@@ -210,7 +216,7 @@ def bend(levels: Levels, probability_GC: np.ndarray, limits: Limits) -> np.ndarr
     for _ in range(3):
         pressure_P = np.linspace(low, high, 17)
         logits_PGC = np.log(np.maximum(probability_GC, 1e-300)) - pressure_P[:, None, None] * share_GC
-        logits_PGC = np.where(levels.valid_GC, logits_PGC, -np.inf)
+        logits_PGC = np.where(probability_GC > 0, logits_PGC, -np.inf)
         weight_PGC = np.exp(logits_PGC - logits_PGC.max(axis=2, keepdims=True))
         weight_PGC /= weight_PGC.sum(axis=2, keepdims=True)
         ok_P = _mean_fits(levels, weight_PGC, limits)

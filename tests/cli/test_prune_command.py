@@ -183,9 +183,9 @@ def test_every_option_reaches_the_run(asked: _Asked, tmp_path: Path):
         **{"--num-subnets": 6, "--divisor": 4, "--min-ratio": 0.5, "--max-train-images": 99},
         **{"--mixed-precision": "bf16", "--exclude": "conv1", "--opaque": "stages.1.*"},
     }
-    given = [str(part) for pair in options.items() for part in pair]
+    given = [*(str(part) for pair in options.items() for part in pair), "--compile", "--focus", "--resume"]
     out = tmp_path / "run"
-    ended = psenet("prune", "--model", MODEL, "--data", "digits", "--out", out, *given, "--compile", "--resume")
+    ended = psenet("prune", "--model", MODEL, "--data", "digits", "--out", out, *given)
     assert (ended.code, ended.err) == (0, "")
     assert asked.named is not None
     config: PruneConfig = asked.named["config"]
@@ -196,7 +196,7 @@ def test_every_option_reaches_the_run(asked: _Asked, tmp_path: Path):
     trainings = [settings.pop(name) for name in ("baseline", "supernet", "finetune")]
     assert settings == {
         **{"trained": False, "strategy": "sandwich", "num_subnets": 6, "num_evaluations": 7, "compiled": True},
-        **{"divisor": 4, "min_ratio": 0.5, "seed": 5, "exclude": ["conv1"], "opaque": ["stages.1.*"]},
+        **{"focus": True, "divisor": 4, "min_ratio": 0.5, "seed": 5, "exclude": ["conv1"], "opaque": ["stages.1.*"]},
     }
     assert [(training["epochs"], training["learning_rate"]) for training in trainings] == [(2, 0.3), (3, 0.2), (4, 0.1)]
     assert [training["distill_weight"] for training in trainings] == [0, 0, 0.5]

@@ -1,5 +1,6 @@
 import math
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,8 @@ import pytest
 import torch
 from toys import make_net, make_space
 
+import psenet
+from psenet.budget import Budget
 from psenet.errors import InputError
 from psenet.space import WidthSpace
 from psenet.training import make_strategy, strategy
@@ -256,3 +259,65 @@ def test_a_registered_strategy_is_built_by_its_name(space: WidthSpace, monkeypat
     chosen: Any = make_strategy("one at random", space, num_subnets=5, seed=2)
     assert chosen.given == (space, 5)
     assert chosen.next_widths() == [space.sample(np.random.default_rng(2))]
+
+
+# Focus ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wide_space() -> WidthSpace:
+    """Six groups of sixteen widths: enough for costs to spread around their mean."""
+    layers = [torch.nn.Conv2d(3 if number == 0 else 64, 64, 3, padding=1) for number in range(6)]
+    return psenet.trace(torch.nn.Sequential(*layers, torch.nn.Conv2d(64, 4, 1)), torch.zeros(1, 3, 8, 8), divisor=4)
+
+
+def _shares(space: WidthSpace, steps: list[list[Widths]]) -> np.ndarray:
+    return space.macs([widths for step in steps for widths in step]) / space.macs(space.full())
+
+
+@pytest.mark.parametrize(("percent", "num_ceilings"), [(20, 5), (45, 3), (97, 1)])
+def test_a_focus_draws_subnets_that_cost_about_as_much_as_it_allows(
+    wide_space: WidthSpace, percent: int, num_ceilings: int
+):
+    # Ceilings of 1/2, 5/8, 3/4, 7/8 and 1 of the widths cost about their squares: .25, .39, .56, .77 and 1.
+    chosen: Any = make_strategy("parallel", wide_space, num_subnets=8, seed=0, focus=Budget(macs=f"{percent}%"))
+    steps = [chosen.next_widths() for _ in range(300)]
+    assert len(chosen.ceilings) == num_ceilings
+    shares = _shares(wide_space, [[*step[1:]] for step in steps])
+    assert abs(np.median(shares) - percent / 100) < 0.07 * percent / 100 + 0.02
+    assert np.mean(np.abs(shares - percent / 100) < 0.25 * percent / 100) > 0.6
+    for step in steps:
+        assert len(step) == 8
+        assert any(all(_lies_below(setting, ceiling) for setting in step) for ceiling in chosen.ceilings)
+
+
+def test_with_a_focus_one_step_in_five_has_the_full_network(wide_space: WidthSpace):
+    chosen = make_strategy("parallel", wide_space, num_subnets=4, seed=1, focus=Budget(macs="40%"))
+    _assert_share(sum(wide_space.full() in chosen.next_widths() for _ in range(_NUM_STEPS)), 0.2)
+
+
+def test_a_focus_may_be_on_parameters_and_in_absolute_numbers(wide_space: WidthSpace):
+    limits = Budget(params="30%").resolve(wide_space)
+    chosen = make_strategy("parallel", wide_space, num_subnets=8, seed=1, focus=limits)
+    drawn = [widths for _ in range(200) for widths in chosen.next_widths()[1:]]
+    assert limits.params is not None
+    assert abs(np.median(wide_space.params(drawn)) / limits.params - 1) < 0.1
+
+
+def test_the_sequence_of_a_focused_strategy_continues_from_its_state(wide_space: WidthSpace):
+    build = partial(make_strategy, "parallel", wide_space, focus=Budget(macs="40%"))
+    original, restored = build(seed=3), build(seed=4)
+    original.next_widths()
+    restored.load_state_dict(original.state_dict())
+    assert [restored.next_widths() for _ in range(3)] == [original.next_widths() for _ in range(3)]
+
+
+@pytest.mark.parametrize("name", ["sandwich", "bilateral", "single-path"])
+def test_only_the_parallel_strategy_has_a_focus(space: WidthSpace, name: str):
+    with pytest.raises(InputError, match=f"only the parallel strategy can focus on a budget; got '{name}'"):
+        make_strategy(name, space, focus=Budget(macs="50%"))
+
+
+def test_a_focus_that_no_subnet_reaches_is_refused(space: WidthSpace):
+    with pytest.raises(InputError, match="cannot be reached"):
+        make_strategy("parallel", space, focus=Budget(macs="1%"))

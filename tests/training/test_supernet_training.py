@@ -257,6 +257,19 @@ class _HardestOnly(_Given):
         return loss.detach()[None]
 
 
+def test_a_focus_reaches_the_strategy_that_is_built():
+    supernet, focus = make_supernet(dtype=torch.float64), psenet.Budget(macs="40%")
+    history = _train(supernet, "parallel", size=24, focus=focus, num_subnets=4, seed=2)
+    chosen = make_strategy("parallel", supernet.space, num_subnets=4, seed=2, focus=focus)
+    expected = [widths for _ in range(3) for widths in chosen.next_widths()]
+    assert supernet.space.from_array(history.widths) == expected
+
+
+def test_a_focus_beside_a_strategy_object_is_refused():
+    with pytest.raises(InputError, match="a strategy object has its own focus"):
+        _train(make_supernet(dtype=torch.float64), _Given([_STEPS["two"]]), size=8, focus=psenet.Budget(macs="40%"))
+
+
 def test_a_strategy_of_ones_own_trains_in_its_own_way():
     supernet = _enliven_norms(make_supernet(dtype=torch.float64))
     expected, widths, data = copy.deepcopy(supernet).train(), _widths((4, 20), (16, 12)), _images(8)

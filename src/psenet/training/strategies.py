@@ -8,7 +8,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from psenet.budget import Budget, Limits, resolve_limits
 from psenet.errors import InputError
+from psenet.proposal import Levels, bend, draw_levels
 from psenet.space import WidthSpace
 from psenet.supernet import DEFAULT_STRATA
 from psenet.training.steps import TrainSubnets, train_distilled, train_on_both_sides, train_together
@@ -17,6 +19,8 @@ from psenet.widths import Widths
 FULL_CEILING_SHARE = 0.4
 """Share of the steps computed at full width; the other strata share the rest equally. Steps at the full ceiling train
 the wide subnets, which lower ceilings never reach, and cost the most."""
+FOCUSED_FULL_SHARE = 0.2
+"""The same with a focus, where lower ceilings hold most of what is searched."""
 
 
 class Strategy(Protocol):
@@ -57,7 +61,14 @@ def strategy(name: str) -> Callable[[type], type]:
     return register
 
 
-def make_strategy(name: str, space: WidthSpace, *, num_subnets: int = 8, seed: int = 0) -> Strategy:
+def make_strategy(
+    name: str,
+    space: WidthSpace,
+    *,
+    num_subnets: int = 8,
+    seed: int = 0,
+    focus: Budget | Limits | None = None,
+) -> Strategy:
     """Build a strategy.
 
     Args:
@@ -65,15 +76,21 @@ def make_strategy(name: str, space: WidthSpace, *, num_subnets: int = 8, seed: i
         space: The width space to draw from.
         num_subnets: Subnets per step of `parallel`; the others have their own number.
         seed: Of the sequence of subnets.
+        focus: Of the parallel strategy: train mostly subnets that cost about as much as this allows.
 
     Raises:
-        InputError: An unknown name, or fewer than one subnet.
+        InputError: An unknown name, fewer than one subnet, a focus that no subnet reaches or that the strategy has not.
     """
     if name not in _STRATEGIES:
         raise InputError(f"unknown strategy {name!r}; there are {sorted(_STRATEGIES)}")
     if num_subnets < 1:
         raise InputError(f"num_subnets must be at least 1; got {num_subnets}")
-    return _STRATEGIES[name](space, num_subnets, np.random.default_rng(seed))
+    rng = np.random.default_rng(seed)
+    if focus is None:
+        return _STRATEGIES[name](space, num_subnets, rng)
+    if _STRATEGIES[name] is not ParallelStrategy:
+        raise InputError(f"only the parallel strategy can focus on a budget; got {name!r}")
+    return ParallelStrategy(space, num_subnets, rng, resolve_limits(focus, space))
 
 
 class _Seeded:
@@ -96,24 +113,45 @@ class _Seeded:
 @strategy("parallel")
 class ParallelStrategy(_Seeded):
     """PSE-Net: n subnets below one stratum share a pass; a step at full width has the full network among them, one at
-    the lowest ceiling the smallest."""  # noqa: D205, D209
+    the lowest ceiling the smallest.
 
-    def __init__(self, space: WidthSpace, num_subnets: int, rng: np.random.Generator) -> None:
+    With limits, the strata that lie within them are left out, and below the others subnets are drawn from widths bent
+    towards the limits, so that most of them cost about as much as a searched net will.
+    """  # noqa: D205
+
+    def __init__(
+        self, space: WidthSpace, num_subnets: int, rng: np.random.Generator, limits: Limits | None = None
+    ) -> None:
         super().__init__(space, num_subnets, rng)
-        ceilings = {space.uniform(keep_ratio): None for keep_ratio in DEFAULT_STRATA}
-        self.ceilings = sorted(ceilings, key=space.macs)
+        strata = sorted({space.uniform(keep_ratio): None for keep_ratio in DEFAULT_STRATA}, key=space.macs)
+        self.ceilings = [ceiling for ceiling in strata if limits is None or not limits.holds(space, ceiling)]
+        self.ceilings = self.ceilings or [space.full()]
+        full_share = FULL_CEILING_SHARE if limits is None else FOCUSED_FULL_SHARE
         lower = len(self.ceilings) - 1
-        self.shares = [(1 - FULL_CEILING_SHARE) / lower] * lower + [FULL_CEILING_SHARE] if lower else [1.0]
+        self.shares = [(1 - full_share) / lower] * lower + [full_share] if lower else [1.0]
+        self._levels = Levels(space)
+        self._bent = None if limits is None else [self._bend(ceiling, limits) for ceiling in self.ceilings]
 
     def next_widths(self) -> list[Widths]:
         """Return n subnets below one ceiling."""
-        ceiling = self.ceilings[int(self._rng.choice(len(self.ceilings), p=self.shares))]
-        widths = [self._space.sample(self._rng, ceiling) for _ in range(self._num_subnets)]
-        if ceiling == self.ceilings[-1]:
-            widths[0] = self._space.full()
-        elif ceiling == self.ceilings[0]:
+        number = int(self._rng.choice(len(self.ceilings), p=self.shares))
+        ceiling = self.ceilings[number]
+        if self._bent is None:
+            widths = [self._space.sample(self._rng, ceiling) for _ in range(self._num_subnets)]
+        else:
+            levels_nG = draw_levels(self._bent[number], self._num_subnets, self._rng)
+            widths = self._space.from_array(self._levels.widths(levels_nG))
+        if ceiling == self._space.full():
+            widths[0] = ceiling
+        elif self._bent is None and number == 0:
             widths[0] = self._space.smallest()
         return widths
+
+    def _bend(self, ceiling: Widths, limits: Limits) -> np.ndarray:
+        """Return probabilities of the choices, shape (G, C): uniform below the ceiling, bent towards the limits."""
+        top_G = self._levels.levels(self._space.to_array([ceiling]))[0]
+        below_GC = (np.arange(self._levels.top) <= top_G[:, None]) / (1 + top_G[:, None])
+        return bend(self._levels, below_GC, limits)
 
 
 @strategy("sandwich")

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from psenet.budget import Budget, Limits
 from psenet.errors import InputError
 from psenet.history import History
 from psenet.supernet import Supernet
@@ -23,6 +24,7 @@ def train_supernet(
     *,
     num_subnets: int = 8,
     strategy: str | Strategy = "parallel",
+    focus: Budget | Limits | None = None,
     config: TrainConfig | None = None,
     teacher: nn.Module | None = None,
     loss_fn: LossFn | None = None,
@@ -38,6 +40,7 @@ def train_supernet(
         train_loader: Batches (x, labels).
         num_subnets: Subnets per step of the parallel strategy; fewer in a batch with less than two samples for each.
         strategy: `"parallel"`, `"sandwich"`, `"bilateral"`, `"single-path"`, or a `Strategy`.
+        focus: Train mostly subnets that cost about as much as this allows; for the parallel strategy.
         config: The settings; None for the defaults of `TrainConfig`.
         teacher: For distillation with `config.distill_weight`; the sandwich strategy has its own (the full network).
         loss_fn: (outputs, labels) to one loss per sample, shape (B,); None for cross entropy.
@@ -50,13 +53,16 @@ def train_supernet(
         The loss of every subnet visited.
 
     Raises:
-        InputError: A loss that is not per sample, distillation without a teacher.
+        InputError: A loss that is not per sample, distillation without a teacher, a focus that cannot be reached or
+            that the strategy has not.
         TrainingDivergedError: The loss is not finite.
     """
+    if focus is not None and not isinstance(strategy, str):
+        raise InputError("a strategy object has its own focus: give one of them")
     config = config or TrainConfig()
     loss_fn = loss_fn or cross_entropy(config.label_smoothing)
     chosen = (
-        make_strategy(strategy, supernet.space, num_subnets=num_subnets, seed=seed)
+        make_strategy(strategy, supernet.space, num_subnets=num_subnets, seed=seed, focus=focus)
         if isinstance(strategy, str)
         else strategy
     )
