@@ -10,11 +10,11 @@ on the test images of 24 subnets, each trained alone with three seeds: half draw
 100 % of one budget. It is kept in benchmarks/truth.json.
 
 Supernets start from the whole network trained alone, its channels in order of importance, as in `psenet.prune`. Every
-point of a strategy is a training of its own with a whole learning rate schedule, so that what it has reached
-after a time is what a user would get who had that time. Its supernet then scores the 24 subnets on validation images,
-with recalibrated statistics and without fine-tuning; scores are compared with the truth by Kendall's tau and
-Spearman's rho. MACs alone rank the whole space well, so the figure within the band is the honest one. Subnets of the
-bilateral strategy are scored on both sides, and the mean counts.
+point of a strategy is a training of its own with a whole learning rate schedule, so that what it has reached after a
+time is what a user would get who had that time. Its supernet then scores the 24 subnets on validation images, with
+recalibrated statistics and without fine-tuning; scores are compared with the truth by Kendall's tau and Spearman's rho.
+MACs alone rank the whole space well, so the figure within the band is the honest one. Subnets of the bilateral strategy
+are scored on both sides, and the mean counts.
 """
 
 import argparse
@@ -55,8 +55,8 @@ LENGTHS = {"parallel": (0.5, 1.0, 2.0), "single-path": (0.5, 1.0, 2.0), "sandwic
 """Trainings of each strategy, as multiples of the epochs."""
 TRUE_EPOCHS = 10
 LEARNING_RATE = 0.05
-"""Of supernets, as in `psenet.prune`; in a trial with another seed better than 0.1 for every strategy, and than 0.025 for
-the serial ones."""
+"""Of supernets, as in `psenet.prune`; in a trial with another seed better than 0.1 for every strategy, and than 0.025
+for the serial ones."""
 CONFIG = TrainConfig(learning_rate=0.1, weight_decay=5e-4, warmup_ratio=0.1)
 
 
