@@ -119,41 +119,43 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="CIFAR-10 as an image folder")
     parser.add_argument("--truth", action="store_true", help="train the subnets alone and stop")
-    parser.add_argument("--workers", type=int, default=1, help="subnets trained at a time for the truth")
+    parser.add_argument("--workers", type=int, default=2, help="trainings at a time; 1 on a GPU")
     parser.add_argument("--channel-bench", type=Path, help="ground truth of all 16,384 subnets (json.gz); needs a GPU")
     parser.add_argument("--epochs", type=int, default=6, help="epochs of the unit of a strategy's training")
     parser.add_argument("--from-scratch", action="store_true", help="start from new weights, as the papers do")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--strategies", nargs="+", default=list(LENGTHS))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=1, help="of each worker")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    widths = WIDTHS
-    if arguments.channel_bench is not None:
-        if not torch.cuda.is_available():
-            parser.exit(message="skipped: the net of Channel-Bench-Macro has 0.8G MACs, and there is no GPU here\n")
-        widths = _read_bench(arguments.channel_bench)["widths"]
+    if arguments.channel_bench is not None and not torch.cuda.is_available():
+        parser.exit(message="skipped: the net of Channel-Bench-Macro has 0.8G MACs, and there is no GPU here\n")
     if arguments.truth:
         train_alone(arguments.data, arguments.workers, arguments.threads)
         return
-    data = load_data(arguments.data) if arguments.channel_bench else _load(arguments.data)
-    space = make_space(widths)
-    truth = bench_truth(space, arguments.channel_bench) if arguments.channel_bench else read_truth(space)
+    race = Race(
+        arguments.data, arguments.channel_bench, arguments.epochs, arguments.from_scratch, threads=arguments.threads
+    )
     name = "ranking_channel_bench" if arguments.channel_bench else "ranking"
     name += "_from_scratch" * arguments.from_scratch
-    race = Race(widths, space, truth, data, arguments.epochs, arguments.from_scratch)
-    points = []
-    for seed in range(arguments.seeds):
-        model = race.start(seed)
-        points += [
-            race.run(strategy, length, seed, model) for strategy in arguments.strategies for length in LENGTHS[strategy]
-        ]
+    # Trainings of all kinds beside each other, the longest first: whatever shares the machine slows all of them.
+    kinds = [(strategy, length) for strategy in arguments.strategies for length in LENGTHS[strategy]]
+    kinds.sort(key=lambda kind: -kind[1] * (kind[0] in ("sandwich", "bilateral")))
+    with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
+        starts = list(pool.map(race.start, range(arguments.seeds)))
+        runs = [pool.submit(race.run, *kind, seed, weights) for seed, weights in enumerate(starts) for kind in kinds]
+        points = []
+        for run in runs:
+            points.append(run.result())
+            print(json.dumps(points[-1]), flush=True)
+    order = list(LENGTHS)
+    points.sort(key=lambda point: (order.index(point["strategy"]), point["epochs"], point["seed"]))
     rows = summary(points)
     figures = {
         "epochs": arguments.epochs,
+        "workers": arguments.workers,
         "from_scratch": arguments.from_scratch,
-        "by_macs_alone": agreement(space.macs(truth.widths), truth),
-        "by_another_seed": truth.agreement_of_seeds(),
+        "by_macs_alone": agreement(race.space.macs(race.truth.widths), race.truth),
+        "by_another_seed": race.truth.agreement_of_seeds(),
         "time_to_reach": time_to_reach(rows),
         "summary": rows,
         "points": points,
@@ -221,8 +223,8 @@ def _train_one(subnet: list[int], seed: int, folder: str, threads: int) -> float
 
 
 @functools.cache
-def _load(folder: str) -> DataSplits:
-    return load_data(folder, max_train_images=NUM_IMAGES)
+def _load(folder: str, num_images: int | None = NUM_IMAGES) -> DataSplits:
+    return load_data(folder, max_train_images=num_images)
 
 
 def read_truth(space: WidthSpace) -> Truth:
@@ -255,42 +257,62 @@ def bench_truth(space: WidthSpace, path: Path, num_subnets: int = 2000) -> Truth
 
 @dataclass(frozen=True)
 class Race:
-    """What all strategies have in common."""
+    """What all strategies have in common; goes to worker processes."""
 
-    widths: Sequence[int]
-    space: WidthSpace
-    truth: Truth
-    data: DataSplits
+    folder: str
+    channel_bench: Path | None
     epochs: int
     from_scratch: bool
+    threads: int
 
-    def start(self, seed: int) -> nn.Module:
-        """Return the network that every strategy starts from: trained alone, its channels ordered, or new."""
+    @functools.cached_property
+    def widths(self) -> Sequence[int]:
+        """The channels of the whole net."""
+        return WIDTHS if self.channel_bench is None else _read_bench(self.channel_bench)["widths"]
+
+    @functools.cached_property
+    def space(self) -> WidthSpace:
+        """Its width space."""
+        return make_space(self.widths)
+
+    @functools.cached_property
+    def truth(self) -> Truth:
+        """What scores are compared with."""
+        return read_truth(self.space) if self.channel_bench is None else bench_truth(self.space, self.channel_bench)
+
+    @property
+    def data(self) -> DataSplits:
+        """The images, read once in each process."""
+        return _load(self.folder, None if self.channel_bench else NUM_IMAGES)
+
+    def start(self, seed: int) -> dict[str, torch.Tensor]:
+        """Return the weights that every strategy starts from: trained alone, channels in order, or new."""
+        torch.set_num_threads(self.threads)
         torch.manual_seed(seed)
         model = Net(self.widths)
         if self.from_scratch:
-            return model
-        train_model(model, self.loader(seed), config=replace(CONFIG, epochs=TRUE_EPOCHS), show_progress=False)
-        return order_channels(model, self.space)
+            return model.state_dict()
+        train_model(model, self._loader(seed), config=replace(CONFIG, epochs=TRUE_EPOCHS), show_progress=False)
+        return order_channels(model, self.space).state_dict()
 
-    def loader(self, seed: int) -> torch.utils.data.DataLoader:
-        """Return the batches of one training."""
-        return make_loader(self.data.train, batch_size=BATCH_SIZE, shuffle=True, seed=seed)
-
-    def run(self, strategy: str, length: float, seed: int, model: nn.Module) -> dict[str, Any]:
+    def run(self, strategy: str, length: float, seed: int, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Train a supernet for a time, and compare its scores with the truth."""
+        torch.set_num_threads(self.threads)
         torch.manual_seed(seed)
+        model = Net(self.widths)
+        model.load_state_dict(weights)
         supernet = psenet.Supernet(model, self.space)
         config = replace(CONFIG, epochs=max(1, round(length * self.epochs)), learning_rate=LEARNING_RATE)
         start = time.perf_counter()
-        train_supernet(supernet, self.loader(seed), strategy=strategy, config=config, seed=seed, show_progress=False)
+        train_supernet(supernet, self._loader(seed), strategy=strategy, config=config, seed=seed, show_progress=False)
         seconds = time.perf_counter() - start
         sides = (False, True) if strategy == "bilateral" else (False,)
         scores = np.mean([_scores(supernet, self.truth.widths, self.data, from_right=side) for side in sides], axis=0)
         point = {"strategy": strategy, "epochs": config.epochs, "seed": seed, "seconds": round(seconds, 1)}
-        point |= {"mean_accuracy": round(float(scores.mean()), 2), **agreement(scores, self.truth)}
-        print(json.dumps(point), flush=True)
-        return point
+        return point | {"mean_accuracy": round(float(scores.mean()), 2), **agreement(scores, self.truth)}
+
+    def _loader(self, seed: int) -> torch.utils.data.DataLoader:
+        return make_loader(self.data.train, batch_size=BATCH_SIZE, shuffle=True, seed=seed)
 
 
 @dataclass(frozen=True)
