@@ -235,14 +235,14 @@ def read_truth(space: WidthSpace) -> Truth:
     return Truth(widths, by_seed.mean(axis=1), _is_in_band(space, widths), by_seed)
 
 
-def _read_bench(path: Path) -> dict[str, Any]:
+def read_bench(path: Path) -> dict[str, Any]:
     with gzip.open(path) as stream:
         return json.load(stream)
 
 
 def bench_truth(space: WidthSpace, path: Path, num_subnets: int = 2000) -> Truth:
     """Return a sample of the published ground truth; its digits are quarters of the widths of the seven groups."""
-    archs = list(_read_bench(path)["archs"].items())
+    archs = list(read_bench(path)["archs"].items())
     chosen = [archs[i] for i in np.random.default_rng(0).choice(len(archs), num_subnets, replace=False)]
     sizes = [group.size for group in space.groups]
     rows = [[int(digit) * size // 4 for digit, size in zip(arch, sizes, strict=True)] for arch, _ in chosen]
@@ -268,7 +268,7 @@ class Race:
     @functools.cached_property
     def widths(self) -> Sequence[int]:
         """The channels of the whole net."""
-        return WIDTHS if self.channel_bench is None else _read_bench(self.channel_bench)["widths"]
+        return WIDTHS if self.channel_bench is None else read_bench(self.channel_bench)["widths"]
 
     @functools.cached_property
     def space(self) -> WidthSpace:

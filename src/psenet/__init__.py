@@ -1,8 +1,8 @@
 """psenet: make a convolutional network smaller by choosing how many channels each layer keeps.
 
 The way through the package, in the order data flows: `trace` a model to a `WidthSpace`, make a `Supernet`, train it
-with `train_supernet`, fit a `Prior`, `search` inside a `Budget` with a `SupernetScore`, `Supernet.extract` the winner.
-`prune` does all of it.
+with `train_supernet`, fit a `Prior` and a `Predictor`, `search` inside a `Budget` with a `SupernetScore`,
+`Supernet.extract` the winner. `prune` does all of it.
 """
 
 from psenet import training
@@ -16,6 +16,7 @@ from psenet.export import export_model
 from psenet.history import History
 from psenet.importance import order_channels
 from psenet.pipeline import PruneResult, prune
+from psenet.predictor import Predictor
 from psenet.prior import Prior
 from psenet.reading import trace
 from psenet.space import ChannelGroup, Frozen, WidthSpace
@@ -29,6 +30,7 @@ __all__ = [
     "Frozen",
     "History",
     "InputError",
+    "Predictor",
     "Prior",
     "PruneConfig",
     "PruneResult",

@@ -7,8 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from psenet.budget import Budget, Limits, resolve_limits
 from psenet.errors import InputError
+from psenet.predictor import Predictor
 from psenet.prior import Prior
 from psenet.space import WidthSpace
 from psenet.storage import (
@@ -30,6 +33,9 @@ if TYPE_CHECKING:
 
 _DIGEST = "psenet_space"
 _BAD_SCORE = "psenet_bad_score"
+_PREDICTED = "psenet_predicted"
+_LEAST_PREDICTED = 8
+"""So many candidates must have been predicted for their ranks to be compared."""
 _PATIENCE = 20
 """So many candidates without a finite score, and none with one, mean that scoring is broken."""
 
@@ -57,6 +63,9 @@ class SearchResult:
     """Candidates whose score was not finite."""
     exhausted: bool
     """Whether the search stopped because nothing inside the budget was left to evaluate."""
+    predicted_rank_correlation: float | None = None
+    """Spearman's rho between scores and what the predictor expected before it knew them; None without a predictor or
+    with too few candidates."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,7 @@ def search(
     score_fn: Callable[[Widths], float],
     *,
     prior: Prior | None = None,
+    predictor: Predictor | None = None,
     first: Sequence[Widths] = (),
     num_evaluations: int = 200,
     seed: int = 0,
@@ -93,6 +103,7 @@ def search(
         budget: Upper limits; nothing outside them is evaluated.
         score_fn: Scores one setting, higher is better. A score that is not finite marks the candidate as failed.
         prior: Where good widths are likely, as learned from training; None to start from nothing.
+        predictor: Chooses which candidates are worth scoring, and learns from those scored; None to do without.
         first: Settings inside the budget to evaluate before all others, such as the uniform one to be beaten.
         num_evaluations: How many evaluations inside the budget to have in the end, those in `storage` included.
         seed: Seed of the proposals.
@@ -118,11 +129,15 @@ def search(
     from psenet.sampler import PriorEvolutionSampler
 
     limits = resolve_limits(budget, space)
-    _check_settings(space, prior, num_evaluations=num_evaluations, population_size=population_size, seed=seed)
+    _check_settings(
+        space, prior, predictor, num_evaluations=num_evaluations, population_size=population_size, seed=seed
+    )
     outside = [dict(widths) for widths in first if not limits.holds(space, widths)]
     if outside:
         raise InputError(f"what the search shall try first must be inside the budget; outside are: {outside[:3]}")
-    sampler = PriorEvolutionSampler(space, limits, prior=prior, seed=seed, population_size=population_size, learn=learn)
+    sampler = PriorEvolutionSampler(
+        space, limits, prior=prior, seed=seed, population_size=population_size, learn=learn, predictor=predictor
+    )
     with _quiet_optuna():
         study = _open_study(storage, study_name or "psenet", sampler, space)
         put_back_orphans(study)
@@ -185,12 +200,13 @@ class _Run:
             tried = [trial.params for trial in trials]
             untried = (widths for widths in self._first if dict(widths) not in tried)
             widths = next(untried, None) or self._sampler.propose(trials)
+            predicted = self._sampler.predict(trials, widths)
             self._study.add_trial(
                 create_trial(
                     state=TrialState.WAITING,
                     params=dict(widths),
                     distributions=self._sampler.distributions,
-                    user_attrs={WORKER: worker_name()},
+                    user_attrs={WORKER: worker_name(), **({} if predicted is None else {_PREDICTED: predicted})},
                 )
             )
         trial = self._study.ask(self._sampler.distributions)
@@ -254,7 +270,28 @@ class _Run:
 
     def _result(self, evaluated: list[Evaluation], num_failed: int, *, exhausted: bool) -> SearchResult:
         best = max(evaluated, key=lambda evaluation: evaluation.score)
-        return SearchResult(best=best, evaluated=tuple(evaluated), num_failed=num_failed, exhausted=exhausted)
+        return SearchResult(
+            best=best,
+            evaluated=tuple(evaluated),
+            num_failed=num_failed,
+            predicted_rank_correlation=self._rank_correlation(),
+            exhausted=exhausted,
+        )
+
+    def _rank_correlation(self) -> float | None:
+        from optuna.trial import TrialState
+        from scipy.stats import spearmanr
+
+        done = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        pairs = [
+            (trial.user_attrs[_PREDICTED], trial.values[0])
+            for trial in done
+            if _PREDICTED in trial.user_attrs and self._known.get(trial.number) is not None
+        ]
+        predicted, scores = np.array(pairs).reshape(-1, 2).T
+        if len(pairs) < _LEAST_PREDICTED or np.ptp(predicted) == 0 or np.ptp(scores) == 0:
+            return None
+        return float(spearmanr(predicted, scores)[0])  # pyright: ignore[reportArgumentType, reportIndexIssue]
 
 
 def _open_study(
@@ -294,12 +331,14 @@ def _quiet_optuna() -> Iterator[None]:
         optuna.logging.set_verbosity(before)
 
 
-def _check_settings(space: WidthSpace, prior: Prior | None, **numbers: int) -> None:
+def _check_settings(space: WidthSpace, prior: Prior | None, predictor: Predictor | None, **numbers: int) -> None:
     least = {"num_evaluations": 1, "population_size": 2, "seed": 0}
     problems = [
         f"{name} must be at least {least[name]}; got {value}" for name, value in numbers.items() if value < least[name]
     ]
     if prior is not None and prior.space.digest() != space.digest():
         problems.append("the prior belongs to another width space: fit it with this one")
+    if predictor is not None and predictor.space.digest() != space.digest():
+        problems.append("the predictor belongs to another width space: fit it with this one")
     if problems:
         raise InputError("; ".join(problems))

@@ -28,6 +28,7 @@ from psenet.history import History
 from psenet.importance import order_channels
 from psenet.inputs import Inputs, num_samples, tensors_in
 from psenet.latency import measure_latency
+from psenet.predictor import Predictor
 from psenet.prior import Prior
 from psenet.progress import progress_bar
 from psenet.reading import trace
@@ -353,6 +354,7 @@ class _Run:
                 self.limits,
                 SupernetScore(supernet, self.loaders.calibration, self.loaders.validation, score_fn=soft_accuracy),
                 prior=Prior.fit(history, self.space) if len(history) else None,
+                predictor=Predictor.fit(history, self.space),
                 first=[uniform_widths(self.space, self.limits)],
                 num_evaluations=total,
                 seed=self.config.seed,
@@ -365,6 +367,11 @@ class _Run:
             f"winner: score {best.score:.2f} at {best.macs / 1e6:.1f}M MACs, best of {len(found.evaluated)}; "
             "the score is the mean probability of the true class on validation data, in percent"
         )
+        if found.predicted_rank_correlation is not None:
+            self.say(
+                f"candidates were chosen by predicted score; predictions before scoring rank like the scores with rho "
+                f"{found.predicted_rank_correlation:.2f}"
+            )
         return best, len(found.evaluated)
 
     def _finalist(self, name: str, widths: Widths, supernet: Supernet, baseline: nn.Module) -> _Finalist:

@@ -89,24 +89,13 @@ class Prior:
             InputError: The history is of another space, or a setting is not positive.
         """
         _check_positive(num_bins=num_bins, smoothing=smoothing, half_life=half_life)
-        if history.space_digest != space.digest():
-            raise InputError(
-                f"the history belongs to another width space ({history.space_digest}, here {space.digest()}): "
-                "use the space that the supernet was trained with"
-            )
-        finite_N = np.isfinite(history.losses)
-        losses_N, steps_N = history.losses[finite_N], history.steps[finite_N].astype(np.float64)
         prior = cls.uniform(space, num_bins=num_bins, smoothing=smoothing)
-        if not len(losses_N):
+        widths_NG, residual_N, freshness_N = loss_residuals(history, space, half_life=half_life)
+        if not len(residual_N):
             return prior
-        widths_NG = history.widths[finite_N]
-        time_N = (steps_N - steps_N.min()) / max(np.ptp(steps_N), 1.0)
-        log_macs_N = np.log(space.macs(widths_NG).astype(np.float64))
-        residual_N = _residuals(losses_N, _basis(time_N, _unit_range(space, log_macs_N)))
-        age_N = time_N.max() - time_N
-        weight_N = _goodness(residual_N) * 0.5 ** (age_N / half_life)
+        goodness_N = _goodness(residual_N)
         # A weight of one is an average visit: smoothing is then comparable to a number of visits.
-        return prior._with_visits(widths_NG, weight_N / _goodness(residual_N).mean())
+        return prior._with_visits(widths_NG, goodness_N * freshness_N / goodness_N.mean())
 
     def updated(
         self, widths: Sequence[Widths] | np.ndarray, scores: Sequence[float], *, weight: float = 2.0
@@ -223,6 +212,38 @@ class Prior:
 
     def _nearest_bin(self, macs_N: np.ndarray) -> np.ndarray:
         return np.abs(np.log(macs_N)[:, None] - _bin_log_macs(self.space, self.num_bins)).argmin(axis=1)
+
+
+def loss_residuals(
+    history: History, space: WidthSpace, *, half_life: float = 0.5
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return what is left of training's losses without the trend of training and the effect of cost.
+
+    Args:
+        history: Visited subnets; visits with a loss that is not finite are left out.
+        space: The width space.
+        half_life: Age at which a visit weighs half, as a fraction of the history's steps.
+
+    Returns:
+        Widths of shape (N, G), residuals of shape (N,), lower is better, and the weights of their age, shape (N,).
+
+    Raises:
+        InputError: The history is of another space.
+    """
+    if history.space_digest != space.digest():
+        raise InputError(
+            f"the history belongs to another width space ({history.space_digest}, here {space.digest()}): "
+            "use the space that the supernet was trained with"
+        )
+    finite_N = np.isfinite(history.losses)
+    widths_NG, losses_N = history.widths[finite_N], history.losses[finite_N]
+    if not len(losses_N):
+        return widths_NG, losses_N, losses_N
+    steps_N = history.steps[finite_N].astype(np.float64)
+    time_N = (steps_N - steps_N.min()) / max(np.ptp(steps_N), 1.0)
+    log_macs_N = np.log(space.macs(widths_NG).astype(np.float64))
+    residual_N = _residuals(losses_N, _basis(time_N, _unit_range(space, log_macs_N)))
+    return widths_NG, residual_N, 0.5 ** ((time_N.max() - time_N) / half_life)
 
 
 def _bin_log_macs(space: WidthSpace, num_bins: int) -> np.ndarray:

@@ -154,9 +154,9 @@ class Proposal:
             # The first run is a single step that fits; costs rise along the runs.
             levels_G = runs_SG[int(self.fits(runs_SG).sum()) - 1]
 
-    def mutate(self, levels_G: np.ndarray, rate: float, rng: np.random.Generator) -> np.ndarray:
-        """Redraw each group with probability `rate` from the distribution, shape (G,)."""
-        return np.where(rng.random(len(levels_G)) < rate, self.draw(1, rng)[0], levels_G)
+    def mutate(self, levels_NG: np.ndarray, rate: float, rng: np.random.Generator) -> np.ndarray:
+        """Redraw each group of settings with probability `rate` from the distribution, shape (N, G)."""
+        return np.where(rng.random(levels_NG.shape) < rate, self.draw(len(levels_NG), rng), levels_NG)
 
     def list_fitting(self, at_most: int) -> tuple[np.ndarray, bool]:
         """List settings that keep the limits, smallest first, each once.

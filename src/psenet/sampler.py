@@ -2,7 +2,7 @@
 
 Optuna is imported here at the top; import this module only where a search runs.
 
-Legend: G channel groups, N settings.
+Legend: G channel groups, N settings, K children.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,6 +15,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from psenet.budget import Limits
+from psenet.predictor import Predictor
 from psenet.prior import Prior
 from psenet.proposal import Proposal
 from psenet.space import WidthSpace
@@ -22,6 +23,8 @@ from psenet.widths import Widths
 
 _TRIES = 16
 """Children drawn before the settings left are listed one by one."""
+_BROOD = 64
+"""Children of which the predictor chooses one."""
 _LISTED = 4096
 """Settings listed beyond those already known."""
 
@@ -45,6 +48,7 @@ class PriorEvolutionSampler(BaseSampler):
         num_seeds: How many settings come from the prior before the first child.
         fresh_share: Share of prior samples among later proposals.
         learn: Whether the prior learns from completed trials.
+        predictor: Chooses among many children the one whose score promises most; None to take them as they come.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class PriorEvolutionSampler(BaseSampler):
         num_seeds: int = 12,
         fresh_share: float = 0.2,
         learn: bool = True,
+        predictor: Predictor | None = None,
     ) -> None:
         self.space = space
         self.limits = limits
@@ -66,10 +71,12 @@ class PriorEvolutionSampler(BaseSampler):
         self.num_seeds = num_seeds
         self.fresh_share = fresh_share
         self.learn = learn
+        self.predictor = predictor
         self._informed = prior is not None
         self._prior = prior or Prior.uniform(space)
         self.distributions = width_distributions(space)
         self._rows: dict[int, tuple[dict[str, Any], np.ndarray]] = {}
+        self._predicts: tuple[bytes, Predictor] | None = None
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Return one distribution for each group."""
@@ -107,12 +114,33 @@ class PriorEvolutionSampler(BaseSampler):
         if self.learn and len(scores_N) >= 4:
             prior = prior.updated(self._prior.levels.widths(parents_NG), scores_N.tolist())
         proposal = prior.proposal(self.limits)
+        predictor = self._updated_predictor(parents_NG, scores_N)
         for attempt in range(_TRIES):
             # A converged population breeds what is known; later attempts mutate more.
-            child_G = self._child(proposal, parents_NG, scores_N, len(known), attempt, rng)
+            child_G = self._child(proposal, predictor, parents_NG, scores_N, len(known), attempt, rng)
             if child_G.tobytes() not in known:
                 return self._widths(proposal, child_G)
         return self._widths(proposal, self._unseen(proposal, known, rng))
+
+    def predict(self, trials: Iterable[FrozenTrial], widths: Widths) -> float | None:
+        """Return what the predictor expects of a setting, from the completed trials; None where it knows no scores."""
+        if self.predictor is None:
+            return None
+        _, parents_NG, scores_N = self._read(trials)
+        predictor = self._updated_predictor(parents_NG, scores_N)
+        return None if predictor is None or predictor.scores is None else float(predictor.predict([widths])[0][0])
+
+    def _updated_predictor(self, levels_NG: np.ndarray, scores_N: np.ndarray) -> Predictor | None:
+        """Return the predictor with all scores, or None while it could not tell settings apart."""
+        if self.predictor is None:
+            return None
+        # The same sampler may serve another study, so the number of scores alone says nothing.
+        known = levels_NG.tobytes() + scores_N.tobytes()
+        if self._predicts is None or self._predicts[0] != known:
+            widths_NG = self._prior.levels.widths(levels_NG)
+            self._predicts = known, self.predictor.updated(widths_NG, scores_N.tolist())
+        predictor = self._predicts[1]
+        return predictor if predictor.knows_something else None
 
     def _read(self, trials: Iterable[FrozenTrial]) -> tuple[set[bytes], np.ndarray, np.ndarray]:
         """Return all settings known, and levels and scores of the completed ones."""
@@ -142,6 +170,7 @@ class PriorEvolutionSampler(BaseSampler):
     def _child(
         self,
         proposal: Proposal,
+        predictor: Predictor | None,
         parents_NG: np.ndarray,
         scores_N: np.ndarray,
         num_known: int,
@@ -149,17 +178,35 @@ class PriorEvolutionSampler(BaseSampler):
         rng: np.random.Generator,
     ) -> np.ndarray:
         """Make one setting inside the limits, shape (G,)."""
-        num_groups = len(self.space.groups)
+        num = 1 if predictor is None else _BROOD
         if num_known < self.num_seeds or len(scores_N) < 2 or rng.random() < self.fresh_share:
             likeliest = self._informed and num_known == 0 and attempt == 0
-            child_G = proposal.probability.argmax(axis=1) if likeliest else proposal.draw(1, rng)[0]
+            children_KG = proposal.probability.argmax(axis=1)[None] if likeliest else proposal.draw(num, rng)
         else:
-            order_N = np.argsort(-scores_N, kind="stable")[: self.population_size]
-            mother, father = (int(rng.integers(len(order_N), size=2).min()) for _ in range(2))
-            mix_G = rng.random(num_groups) < 0.5
-            child_G = np.where(mix_G, parents_NG[order_N[mother]], parents_NG[order_N[father]])
-            child_G = proposal.mutate(child_G, min(1.0, (1.0 + attempt) / num_groups), rng)
-        return proposal.grow(proposal.repair(child_G[None], rng)[0], rng)
+            children_KG = self._bred(proposal, parents_NG, scores_N, attempt, num, rng)
+        children_KG = proposal.repair(children_KG, rng)
+        if predictor is not None:
+            mean_K, std_K = predictor.predict(proposal.levels.widths(children_KG))
+            # One draw of each child's score (Thompson 1933): what is uncertain gets its chance.
+            children_KG = children_KG[[int((mean_K + std_K * rng.normal(size=len(mean_K))).argmax())]]
+        return proposal.grow(children_KG[0], rng)
+
+    def _bred(
+        self,
+        proposal: Proposal,
+        parents_NG: np.ndarray,
+        scores_N: np.ndarray,
+        attempt: int,
+        num: int,
+        rng: np.random.Generator,
+    ) -> np.ndarray:
+        """Return children of the best, mixed group by group and mutated, inside the limits or not, shape (num, G)."""
+        num_groups = len(self.space.groups)
+        order_N = np.argsort(-scores_N, kind="stable")[: self.population_size]
+        mother_K, father_K = (order_N[rng.integers(len(order_N), size=(num, 2)).min(axis=1)] for _ in range(2))
+        mix_KG = rng.random((num, num_groups)) < 0.5
+        children_KG = np.where(mix_KG, parents_NG[mother_K], parents_NG[father_K])
+        return proposal.mutate(children_KG, min(1.0, (1.0 + attempt) / num_groups), rng)
 
     def _unseen(self, proposal: Proposal, known: set[bytes], rng: np.random.Generator) -> np.ndarray:
         listed_NG, _ = proposal.list_fitting(len(known) + _LISTED)
