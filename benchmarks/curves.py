@@ -52,7 +52,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             axis.axhline(result["by_macs_alone"][key], color="grey", linestyle=":", label="MACs alone")
         axis.set(title=title, xlabel="seconds of training", xlim=(0, None))
         axis.grid(alpha=0.25)
-    axes[1].legend(frameon=False, loc="lower right")
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
 

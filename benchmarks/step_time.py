@@ -54,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=180, help="time for the rounds of one model")
+    parser.add_argument("--seconds", type=float, default=90, help="time for the rounds of one model")
     parser.add_argument("--subnets", type=int, default=8)
     parser.add_argument("--compiled", action="store_true", help="time compiled steps, too: minutes more for each model")
     parser.add_argument("--cases", type=int, nargs="+", default=list(range(len(CASES))), help="numbers of the models")
