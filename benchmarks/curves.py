@@ -1,8 +1,6 @@
 """Draw the curves of benchmarks/ranking.py: accuracy and ranking against the time of training.
 
     python benchmarks/curves.py                  benchmarks/results/ranking.json -> docs/ranking.svg
-
-Needs matplotlib: `pip install -e ".[benchmarks]"`.
 """
 
 import argparse
