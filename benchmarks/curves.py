@@ -1,6 +1,8 @@
 """Draw the curves of benchmarks/ranking.py: accuracy and ranking against the time of training.
 
     python benchmarks/curves.py                  benchmarks/results/ranking.json -> docs/ranking.svg
+
+Bars are standard deviations over the seeds.
 """
 
 import argparse
