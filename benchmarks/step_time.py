@@ -1,6 +1,6 @@
 """Time and memory of one training step: plain training of the original model, and each strategy. Interleaved.
 
-    python benchmarks/step_time.py                        about 20 minutes on two cores
+    python benchmarks/step_time.py                        about 15 minutes on two cores
     python benchmarks/step_time.py --device cuda --compiled
 
 A step is forward and backward of one batch, without the optimizer and without loading data. Every round times every
