@@ -11,7 +11,7 @@ that of a few samples. Optuna's own samplers know the budget as a constraint; wh
 them and costs them nothing here.
 
 *acceptance*: of settings drawn from the prior that knows nothing but a budget, and of settings drawn uniformly, the
-share that keeps the budget and uses at least 90 % of it; and settings inside the budget a second.
+share that keeps the budget, and that which also uses 90 % of it; and settings inside the budget a second.
 """
 
 import argparse

@@ -11,67 +11,19 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pytest
-import torch
 
 from psenet.budget import Budget, Limits
-from psenet.cost import LinearForm, PeakCost, ProductCost
 from psenet.errors import InputError
 from psenet.evolution import SearchProgress, SearchResult, search
-from psenet.history import History
 from psenet.prior import Prior
 from psenet.sampler import PriorEvolutionSampler
-from psenet.space import ChannelGroup, SpaceCosts, WidthSpace
+from psenet.space import WidthSpace
 from psenet.widths import Widths
-
-
-def make_space(num_groups: int = 4, choices: tuple[int, ...] = (2, 4, 6, 8), name: str = "g") -> WidthSpace:
-    groups = [ChannelGroup(f"{name}{n}", choices[-1], choices, (f"{name}{n}",)) for n in range(num_groups)]
-    forms = [LinearForm(3), *(LinearForm(0, ((n, 1),)) for n in range(num_groups))]
-    pairs = list(itertools.pairwise(forms))
-    costs = SpaceCosts(
-        macs=ProductCost([(2 ** (4 - n % 4), a, b) for n, (a, b) in enumerate(pairs)], num_groups),
-        params=ProductCost([(1, a, b) for a, b in pairs], num_groups),
-        memory=PeakCost([forms[-1]], num_groups),
-    )
-    return WidthSpace(groups, costs)
-
-
-class Additive:
-    """A synthetic accuracy: each group adds a value of its own for each choice, wider mostly better."""
-
-    def __init__(self, space: WidthSpace, seed: int = 0) -> None:
-        rng = np.random.default_rng(seed)
-        self.space = space
-        self.seen: list[Widths] = []
-        self.value = {
-            group.name: dict(
-                zip(group.choices, np.sort(rng.random(len(group.choices))) ** rng.uniform(0.2, 3), strict=True)
-            )
-            for group in space.groups
-        }
-
-    def __call__(self, widths: Widths) -> float:
-        self.seen.append(widths)
-        return self.of(widths)
-
-    def of(self, widths: Widths) -> float:
-        return float(sum(self.value[name][width] for name, width in widths.items()))
-
-    def best_inside(self, macs: int) -> float:
-        """Look at every setting."""
-        settings = itertools.product(*(group.choices for group in self.space.groups))
-        all_widths = [Widths({g.name: w for g, w in zip(self.space.groups, row, strict=True)}) for row in settings]
-        return max(self.of(widths) for widths in all_widths if self.space.macs(widths) <= macs)
+from synthetic import Additive, make_space, simulate_history
 
 
 def fit_prior(space: WidthSpace, score: Additive, seed: int, num: int = 2000) -> Prior:
-    rng = np.random.default_rng(seed)
-    history = History(space)
-    for step in range(num // 8):
-        visited = [space.sample(rng) for _ in range(8)]
-        losses = [4 - score.of(widths) + 2 * np.exp(-step / 20) + 0.3 * rng.normal() for widths in visited]
-        history.append(step, visited, torch.tensor(losses))
-    return Prior.fit(history, space)
+    return Prior.fit(simulate_history(space, score, seed=seed, num=num, noise=0.3), space)
 
 
 @pytest.mark.parametrize("seed", range(5))

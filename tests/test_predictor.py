@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from scipy.stats import spearmanr
 
 import psenet
@@ -15,17 +14,11 @@ from psenet.history import History
 from psenet.predictor import LEAST_SCORES, Predictor
 from psenet.space import WidthSpace
 from psenet.widths import Widths
-from test_evolution import Additive, make_space
+from synthetic import Additive, make_space, simulate_history
 
 
-def _history(space: WidthSpace, score: Additive, *, noise: float, num: int = 4000, seed: int = 0) -> History:
-    rng = np.random.default_rng(seed)
-    history = History(space)
-    for step in range(num // 8):
-        visited = [space.sample(rng) for _ in range(8)]
-        losses = [4 - score.of(widths) + 2 * np.exp(-step / 20) + noise * rng.normal() for widths in visited]
-        history.append(step, visited, torch.tensor(losses))
-    return history
+def _history(space: WidthSpace, score: Additive, *, noise: float, num: int = 4000) -> History:
+    return simulate_history(space, score, seed=0, num=num, noise=noise)
 
 
 def _sample(space: WidthSpace, num: int, seed: int = 5) -> list[Widths]:

@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from psenet.errors import InputError
 from psenet.history import History
-from psenet.prior import loss_residuals
+from psenet.prior import finite_scores, loss_residuals
 from psenet.space import WidthSpace
 from psenet.widths import Widths
 
@@ -67,11 +66,7 @@ class Predictor:
         """
         from sklearn.linear_model import BayesianRidge
 
-        widths_NG = widths if isinstance(widths, np.ndarray) else self.space.to_array(widths)
-        scores_N = np.asarray(scores, dtype=np.float64)
-        if scores_N.shape != (len(widths_NG),):
-            raise InputError(f"expected {len(widths_NG)} scores, one a candidate; got shape {scores_N.shape}")
-        widths_NG, scores_N = widths_NG[np.isfinite(scores_N)], scores_N[np.isfinite(scores_N)]
+        widths_NG, scores_N = finite_scores(self.space, widths, scores)
         if len(scores_N) < LEAST_SCORES or np.ptp(scores_N) == 0:
             return replace(self, scores=None)
         return replace(self, scores=BayesianRidge().fit(self._all_features(widths_NG), scores_N))

@@ -110,11 +110,7 @@ class Prior:
         Raises:
             InputError: There is not one score for each candidate.
         """
-        widths_NG = widths if isinstance(widths, np.ndarray) else self.space.to_array(widths)
-        scores_N = np.asarray(scores, dtype=np.float64)
-        if scores_N.shape != (len(widths_NG),):
-            raise InputError(f"expected {len(widths_NG)} scores, one a candidate; got shape {scores_N.shape}")
-        widths_NG, scores_N = widths_NG[np.isfinite(scores_N)], scores_N[np.isfinite(scores_N)]
+        widths_NG, scores_N = finite_scores(self.space, widths, scores)
         if not len(scores_N):
             return self
         log_macs_N = np.log(self.space.macs(widths_NG).astype(np.float64))
@@ -244,6 +240,22 @@ def loss_residuals(
     log_macs_N = np.log(space.macs(widths_NG).astype(np.float64))
     residual_N = _residuals(losses_N, _basis(time_N, _unit_range(space, log_macs_N)))
     return widths_NG, residual_N, 0.5 ** ((time_N.max() - time_N) / half_life)
+
+
+def finite_scores(
+    space: WidthSpace, widths: Sequence[Widths] | np.ndarray, scores: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the candidates whose scores are finite: widths of shape (N, G) and scores of shape (N,).
+
+    Raises:
+        InputError: There is not one score for each candidate.
+    """
+    widths_NG = widths if isinstance(widths, np.ndarray) else space.to_array(widths)
+    scores_N = np.asarray(scores, dtype=np.float64)
+    if scores_N.shape != (len(widths_NG),):
+        raise InputError(f"expected {len(widths_NG)} scores, one a candidate; got shape {scores_N.shape}")
+    finite_N = np.isfinite(scores_N)
+    return widths_NG[finite_N], scores_N[finite_N]
 
 
 def _bin_log_macs(space: WidthSpace, num_bins: int) -> np.ndarray:
