@@ -25,7 +25,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -196,15 +195,21 @@ def train_alone(folder: str, workers: int, threads: int) -> None:
     kept = read_json(TRUTH) if TRUTH.exists() else {"widths": WIDTHS, "epochs": TRUE_EPOCHS, "subnets": []}
     records: dict[str, list[float]] = {json.dumps(r["subnet"]): r["accuracies"] for r in kept["subnets"]}
     subnets = [[widths[group.name] for group in space.groups] for widths in draw_subnets(space)]
-    for seed in range(NUM_TRUE_SEEDS):
-        missing = [subnet for subnet in subnets if len(records.setdefault(json.dumps(subnet), [])) <= seed]
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            accuracies = pool.map(_train_one, missing, *map(repeat, (seed, folder, threads)))
-            for subnet, reached in zip(missing, accuracies, strict=True):
-                records[json.dumps(subnet)].append(reached)
-                kept["subnets"] = [{"subnet": json.loads(key), "accuracies": value} for key, value in records.items()]
-                write_json(TRUTH, kept)
-                print(f"seed {seed} {subnet}: {reached:.2f} %", flush=True)
+    # Seed by seed, so that an interrupted truth has as many seeds of every net as there was time for.
+    missing = [
+        (subnet, seed)
+        for seed in range(NUM_TRUE_SEEDS)
+        for subnet in subnets
+        if len(records.setdefault(json.dumps(subnet), [])) <= seed
+    ]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        jobs = [pool.submit(_train_one, subnet, seed, folder, threads) for subnet, seed in missing]
+        for (subnet, seed), job in zip(missing, jobs, strict=True):
+            reached = job.result()
+            records[json.dumps(subnet)].append(reached)
+            kept["subnets"] = [{"subnet": json.loads(key), "accuracies": value} for key, value in records.items()]
+            write_json(TRUTH, kept)
+            print(f"seed {seed} {subnet}: {reached:.2f} %", flush=True)
 
 
 def _train_one(subnet: list[int], seed: int, folder: str, threads: int) -> float:

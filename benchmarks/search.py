@@ -196,6 +196,8 @@ def _ours(
 
 
 def _optuna(table: Table, limits: Limits, score: Callable[[psenet.Widths], float], method: str, seed: int) -> None:
+    assert limits.macs is not None
+
     def over(trial: optuna.trial.FrozenTrial) -> Sequence[float]:
         return trial.user_attrs["over"]
 
@@ -209,7 +211,7 @@ def _optuna(table: Table, limits: Limits, score: Callable[[psenet.Widths], float
     for _ in range(20 * MOST_EVALUATIONS):
         trial = study.ask(distributions)
         widths = psenet.Widths({group.name: trial.params[group.name] for group in table.space.groups})
-        over_by = float(table.space.macs(widths) / max(cost for _, cost in limits.each()) - 1)
+        over_by = float(table.space.macs(widths) / limits.macs - 1)
         trial.set_user_attr("over", [over_by])
         if over_by <= 0 and widths not in scored:
             scored[widths] = score(widths)

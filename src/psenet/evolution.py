@@ -197,10 +197,11 @@ class _Run:
         trials = self._study.get_trials(deepcopy=False)
         if not any(trial.state == TrialState.WAITING for trial in trials):
             # Added whole and then asked for: one write, where suggesting each group would be one write a group.
-            tried = [trial.params for trial in trials]
-            untried = (widths for widths in self._first if dict(widths) not in tried)
-            widths = next(untried, None) or self._sampler.propose(trials)
-            predicted = self._sampler.predict(trials, widths)
+            params = [trial.params for trial in trials]
+            untried = (widths for widths in self._first if dict(widths) not in params)
+            tried = self._sampler.read(trials)
+            widths = next(untried, None) or self._sampler.propose(tried)
+            predicted = self._sampler.predict(tried, widths)
             self._study.add_trial(
                 create_trial(
                     state=TrialState.WAITING,

@@ -6,7 +6,7 @@ Legend: G channel groups, N settings, K children.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
@@ -31,6 +31,16 @@ _LISTED = 4096
 
 class SpaceExhausted(RuntimeError):  # noqa: N818 - says what happened, as StopIteration does
     """Every setting inside the limits has been proposed already."""
+
+
+class Tried(NamedTuple):
+    """What has been tried in a study: all settings, and levels and scores of the completed ones."""
+
+    settings: set[bytes]
+    levels: np.ndarray
+    """Shape (N, G)."""
+    scores: np.ndarray
+    """Shape (N,)."""
 
 
 class PriorEvolutionSampler(BaseSampler):
@@ -87,7 +97,7 @@ class PriorEvolutionSampler(BaseSampler):
     ) -> dict[str, Any]:
         """Return the widths of the next trial; see `propose`."""
         others = [other for other in study.get_trials(deepcopy=False) if other.number != trial.number]
-        return dict(self.propose(others))
+        return dict(self.propose(self.read(others)))
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -99,16 +109,13 @@ class PriorEvolutionSampler(BaseSampler):
         """
         raise ValueError(f"parameter {param_name!r} is no channel group of the space, or its choices differ")
 
-    def propose(self, trials: Iterable[FrozenTrial]) -> Widths:
+    def propose(self, tried: Tried) -> Widths:
         """Return a setting inside the limits that none of the trials has.
-
-        Args:
-            trials: All trials of the study, in any state.
 
         Raises:
             SpaceExhausted: The trials have every setting inside the limits.
         """
-        known, parents_NG, scores_N = self._read(trials)
+        known, parents_NG, scores_N = tried
         rng = np.random.default_rng([self.seed, len(known)])
         prior = self._prior
         if self.learn and len(scores_N) >= 4:
@@ -122,12 +129,9 @@ class PriorEvolutionSampler(BaseSampler):
                 return self._widths(proposal, child_G)
         return self._widths(proposal, self._unseen(proposal, known, rng))
 
-    def predict(self, trials: Iterable[FrozenTrial], widths: Widths) -> float | None:
+    def predict(self, tried: Tried, widths: Widths) -> float | None:
         """Return what the predictor expects of a setting, from the completed trials; None where it knows no scores."""
-        if self.predictor is None:
-            return None
-        _, parents_NG, scores_N = self._read(trials)
-        predictor = self._updated_predictor(parents_NG, scores_N)
+        predictor = self._updated_predictor(tried.levels, tried.scores)
         return None if predictor is None or predictor.scores is None else float(predictor.predict([widths])[0][0])
 
     def _updated_predictor(self, levels_NG: np.ndarray, scores_N: np.ndarray) -> Predictor | None:
@@ -142,8 +146,8 @@ class PriorEvolutionSampler(BaseSampler):
         predictor = self._predicts[1]
         return predictor if predictor.knows_something else None
 
-    def _read(self, trials: Iterable[FrozenTrial]) -> tuple[set[bytes], np.ndarray, np.ndarray]:
-        """Return all settings known, and levels and scores of the completed ones."""
+    def read(self, trials: Iterable[FrozenTrial]) -> Tried:
+        """Return what the trials of a study, in any state, say."""
         rows: list[np.ndarray] = []
         scores: list[float] = []
         for trial in trials:
@@ -154,7 +158,7 @@ class PriorEvolutionSampler(BaseSampler):
         levels_NG = np.array(rows, dtype=np.int64).reshape(len(rows), len(self.space.groups))
         scores_N = np.array(scores, dtype=np.float64)
         done_N = np.isfinite(scores_N)
-        return {row_G.tobytes() for row_G in rows}, levels_NG[done_N], scores_N[done_N]
+        return Tried({row_G.tobytes() for row_G in rows}, levels_NG[done_N], scores_N[done_N])
 
     def _levels_of(self, trial: FrozenTrial) -> np.ndarray | None:
         """Return a trial's levels, shape (G,), or None while it has not all its widths."""
