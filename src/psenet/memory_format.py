@@ -1,10 +1,18 @@
-"""Lay images out channels-last, where the model can read them so."""
+"""Lay images out channels-last, where the model can read them so, and safe where a kernel is not."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from psenet.inputs import Inputs
 from psenet.slicing import run_on_copied_buffers
+
+_UNSAFE_BELOW = 16
+"""Channels of the widest vector register (AVX-512); a narrower input is unsafe, see `guard_convolutions`."""
 
 
 class ImageLayout:
@@ -41,3 +49,43 @@ class ImageLayout:
         except RuntimeError:
             return False
         return True
+
+
+def guard_convolutions(model: nn.Module) -> list[RemovableHandle]:
+    """Make strided 1x1 convolutions of few channels read contiguous inputs where gradients are computed on a CPU.
+
+    On x86 the weight gradient of such a convolution writes beyond its workspace if its input is channels-last
+    (https://github.com/uxlfoundation/oneDNN/issues/6035; seen with torch 2.14 on AVX2): wrong gradients, or a crash
+    much later. Shortcuts of narrow residual nets are of this kind. What is computed stays the same.
+
+    Returns:
+        Handles; `remove()` takes a guard away.
+    """
+    return [layer.register_forward_pre_hook(_read_contiguous) for layer in model.modules() if _is_unsafe(layer)]
+
+
+@contextmanager
+def guarded_convolutions(model: nn.Module) -> Iterator[None]:
+    """Guard a model's convolutions for a while (see `guard_convolutions`)."""
+    handles = guard_convolutions(model)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_unsafe(layer: nn.Module) -> bool:
+    return (
+        isinstance(layer, nn.Conv2d)
+        and layer.groups == 1
+        and set(layer.kernel_size) == {1}
+        and max(layer.stride) > 1
+        and layer.in_channels < _UNSAFE_BELOW
+    )
+
+
+def _read_contiguous(_layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    if not args or args[0].device.type != "cpu" or not torch.is_grad_enabled():
+        return None
+    return (args[0].contiguous(), *args[1:])

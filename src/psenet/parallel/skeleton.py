@@ -23,6 +23,7 @@ from torch.func import functional_call
 
 from psenet.compiling import CheckedForward
 from psenet.inputs import Inputs, as_arguments, map_samples, map_tensors, num_samples, tensors_in
+from psenet.memory_format import guard_convolutions
 from psenet.parallel.alone import AloneLayer
 from psenet.parallel.masks import MASK, Blocks, Current, MaskTable
 from psenet.parallel.norms import normalise_blocks
@@ -56,6 +57,7 @@ class ParallelSkeleton:
         self._alone: dict[str, AloneLayer] = {}
         for plan in self._plans:
             self._prepare(model, plan)
+        guard_convolutions(self.module)
         self._forward = CheckedForward(self.module) if compiled else self._plain_forward
         self._alone_names = {name for layer in self._alone.values() for name in layer.names}
 

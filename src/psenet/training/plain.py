@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from psenet.errors import InputError
 from psenet.inputs import as_arguments
-from psenet.memory_format import ImageLayout
+from psenet.memory_format import ImageLayout, guarded_convolutions
 from psenet.training.config import TrainConfig
 from psenet.training.loop import Batch, fit
 from psenet.training.losses import LossFn, cross_entropy, mixed_loss
@@ -61,13 +61,14 @@ def train_model(
         backward(loss)
         return loss.detach()
 
-    fit(
-        model,
-        train_loader,
-        step=step,
-        config=config,
-        checkpoint=checkpoint,
-        description=description,
-        show_progress=show_progress,
-        max_steps=max_steps,
-    )
+    with guarded_convolutions(model):
+        fit(
+            model,
+            train_loader,
+            step=step,
+            config=config,
+            checkpoint=checkpoint,
+            description=description,
+            show_progress=show_progress,
+            max_steps=max_steps,
+        )
