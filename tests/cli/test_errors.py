@@ -199,7 +199,7 @@ def test_an_unreadable_image_is_named(image_tree: Any, tmp_path: Path):
                 ". Raise the limit",
             ],
         ),
-        ({"macs": None}, ["a budget needs at least one limit: set macs, params or memory"]),
+        ({"macs": None}, ["a budget needs at least one limit: set macs, params, memory or latency_ms"]),
     ],
 )
 def test_a_budget_that_cannot_be_is_explained_before_any_work(
