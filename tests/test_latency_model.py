@@ -146,7 +146,7 @@ def _measured(monkeypatch: pytest.MonkeyPatch, ms: Callable[[int], tuple[float, 
         assert [run().shape[0] for run in passes.values()] == [runner.batch_size] * 2
         numbers.append(len(numbers))
         return {
-            name: psenet.Latency(value, value, value, num_runs)
+            name: psenet.Latency(median_ms=value, q1_ms=0.9 * value, q3_ms=9.0, num_runs=num_runs)
             for name, value in zip(("full", "subnet"), ms(numbers[-1]), strict=True)
         }
 
@@ -170,6 +170,7 @@ def test_a_slow_moment_of_the_machine_cancels_out(monkeypatch: pytest.MonkeyPatc
         space,
         EXAMPLE,
         num_subnets=10,
+        num_runs=3,
         seed=3,
         runner=Runner(num_threads=1, batch_size=3),
         progress=lambda count, total: done.append((count, total)),
@@ -192,6 +193,20 @@ def test_a_measured_model_says_what_it_is_and_leaves_the_net_as_it_was():
     assert model.runner == Runner(num_threads=torch.get_num_threads(), batch_size=2)
     assert f"by eager on cpu, threads {torch.get_num_threads()}, batch 2; fitted to 10 subnets by MACs" in repr(model)
     assert f"median {model.cv_error:.1%}, largest {model.cv_max_error:.1%}" in repr(model)
+
+
+@pytest.mark.parametrize(("full_ms", "num_runs"), [(0.2, 25), (5.0, 20), (90.0, 7)])
+def test_a_short_pass_is_measured_more_often(full_ms: float, num_runs: int, monkeypatch: pytest.MonkeyPatch):
+    seen: list[tuple[int, int]] = []
+
+    def time_passes(passes: dict[str, Any], runner: Runner, *, num_runs: int, warmup: int) -> dict[str, psenet.Latency]:
+        seen.append((len(passes), num_runs))
+        return dict.fromkeys(passes, psenet.Latency(full_ms, full_ms, full_ms, num_runs))
+
+    monkeypatch.setattr(latency_model, "time_passes", time_passes)
+    net = _net()
+    LatencyModel.measure(net, psenet.trace(net, EXAMPLE), EXAMPLE, num_subnets=10)
+    assert seen[0] == (1, 3) and set(seen[1:]) == {(2, num_runs)}
 
 
 def test_too_few_subnets_are_refused():
