@@ -1,24 +1,40 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from psenet.budget import Budget, Limits, resolve_limits
-from psenet.cost import LinearForm, PeakCost, ProductCost
+from psenet.budget import Budget, Limits, resolve_limits, uniform_widths
+from psenet.cost import LatencyCost, LinearForm, PeakCost, ProductCost
 from psenet.errors import InputError
 from psenet.space import ChannelGroup, SpaceCosts, WidthSpace
 from psenet.widths import Widths
 
+GROUPS = [ChannelGroup("a", 8, (2, 4, 6, 8), ("a",)), ChannelGroup("b", 8, (2, 4, 6, 8), ("b",))]
+A, B, ONE = LinearForm(0, ((0, 1),)), LinearForm(0, ((1, 1),)), LinearForm(1)
+WITHOUT_MODEL = r"latency needs a latency model .* use space.with_latency\(psenet.LatencyModel.measure\("
+
 
 @pytest.fixture
 def space() -> WidthSpace:
+    return WidthSpace(GROUPS, _costs())
+
+
+@pytest.fixture
+def timed() -> WidthSpace:
+    """The same with latency 0.05 a b + 0.2 ms: full 3.4 ms, smallest 0.4 ms."""
+    return WidthSpace(
+        GROUPS,
+        replace(_costs(), latency_ms=LatencyCost(ProductCost([(1, A, B), (1, ONE, ONE)], 2), np.array([0.05, 0.2]))),
+    )
+
+
+def _costs() -> SpaceCosts:
     """MACs 100 a b, params 10 a + b, memory 8 a: full 6400, 88, 64; smallest 400, 22, 16."""
-    groups = [ChannelGroup("a", 8, (2, 4, 6, 8), ("a",)), ChannelGroup("b", 8, (2, 4, 6, 8), ("b",))]
-    a, b, one = LinearForm(0, ((0, 1),)), LinearForm(0, ((1, 1),)), LinearForm(1)
-    costs = SpaceCosts(
-        macs=ProductCost([(100, a, b)], 2),
-        params=ProductCost([(10, a, one), (1, b, one)], 2),
+    return SpaceCosts(
+        macs=ProductCost([(100, A, B)], 2),
+        params=ProductCost([(10, A, ONE), (1, B, ONE)], 2),
         memory=PeakCost([LinearForm(0, ((0, 8),))], 2),
     )
-    return WidthSpace(groups, costs)
 
 
 @pytest.mark.parametrize(
@@ -125,3 +141,81 @@ def test_ready_limits_are_checked_as_a_budget_is(space: WidthSpace):
         resolve_limits(Limits(macs=399), space)
     with pytest.raises(TypeError, match="a budget is a psenet.Budget"):
         resolve_limits("50%", space)  # pyright: ignore[reportArgumentType]
+
+
+# Latency --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "limit"),
+    [
+        ("50%", 1.7),
+        (2, 2.0),
+        (0.55, 0.55),
+        ("2.5 ms", 2.5),
+        ("0.002 s", 2.0),
+        ("900us", 0.9),
+        ("100%", 3.4),
+        ("37%", 1.258),
+    ],
+)
+def test_latency_is_a_time_or_a_share_and_never_rounded_down(timed: WidthSpace, value: float | str, limit: float):
+    resolved = Budget(latency_ms=value).resolve(timed)
+    assert resolved == Limits(latency_ms=limit) and isinstance(resolved.latency_ms, float)
+
+
+@pytest.mark.parametrize("value", ["4 MB", "5 min", "0 ms", 0, -1.5, "0%", "101%", float("nan"), True, "0.0000001 ms"])
+def test_a_malformed_latency_is_named_with_good_examples(value: object):
+    with pytest.raises(InputError, match=r"budget's latency_ms must be .* such as 4 ms, 0.5 s or 50%; got"):
+        Budget(latency_ms=value)  # pyright: ignore[reportArgumentType]
+
+
+def test_latency_limits_accept_exactly_what_takes_no_longer(timed: WidthSpace):
+    rows = np.array([(a, b) for a in (2, 4, 6, 8) for b in (2, 4, 6, 8)])
+    limits = Limits(macs=3200, latency_ms=1.4)  # exactly a b = 24
+    assert limits.accepts(timed, rows).tolist() == [a * b <= 24 for a, b in rows.tolist()]
+    for row, widths in zip(rows, timed.from_array(rows), strict=True):
+        assert limits.holds(timed, widths) == (row[0] * row[1] <= 24)
+
+
+def test_latency_limits_are_described_for_a_person(timed: WidthSpace):
+    limits = Limits(macs=3200, latency_ms=0.85)
+    assert limits.describe(timed) == (
+        "at most 3.2k MACs (50.0 % of the full model), 850 us of predicted latency (25.0 % of the full model)"
+    )
+
+
+def test_the_limit_below_the_smallest_reachable_latency_is_the_one_that_is_named(timed: WidthSpace):
+    with pytest.raises(InputError) as caught:
+        Budget(macs="50%", latency_ms="0.3 ms").resolve(timed)
+    message = str(caught.value)
+    assert "latency_ms='0.3 ms' is 0.3 and cannot be reached: the smallest reachable is 0.4 (11.77% of the " in message
+    assert "macs" not in message
+    assert Budget(macs="50%", latency_ms=0.4).resolve(timed) == Limits(macs=3200, latency_ms=0.4)
+    assert Budget(latency_ms="11.77%").resolve(timed).latency_ms == pytest.approx(0.40018)
+
+
+def test_a_latency_above_the_full_model_leaves_nothing_to_prune(timed: WidthSpace):
+    with pytest.raises(InputError, match=r"latency_ms=5 is above the full model's 3.4 ms of predicted latency \(3.4\)"):
+        Budget(latency_ms=5).resolve(timed)
+
+
+def test_a_latency_of_a_space_without_a_model_is_refused_with_the_way_to_get_one(space: WidthSpace):
+    with pytest.raises(InputError, match="budget does not fit this model: " + WITHOUT_MODEL):
+        Budget(latency_ms="50%").resolve(space)
+    with pytest.raises(InputError, match=WITHOUT_MODEL):
+        resolve_limits(Limits(latency_ms=1.0), space)
+    with pytest.raises(InputError, match=WITHOUT_MODEL):
+        space.latency_ms(space.full())
+
+
+def test_ready_latency_limits_are_checked_as_a_budget_is(timed: WidthSpace):
+    assert resolve_limits(Limits(latency_ms=0.4), timed) == Limits(latency_ms=0.4)
+    with pytest.raises(InputError, match="latency_ms limit 0.39 cannot be reached: the smallest reachable is 0.4"):
+        resolve_limits(Limits(latency_ms=0.39), timed)
+
+
+def test_uniform_widths_use_up_a_latency_limit(timed: WidthSpace):
+    widths = uniform_widths(timed, Limits(latency_ms=1.4))
+    assert widths["a"] * widths["b"] == 24  # 24 is the most that fits, and 4 x 4 the widest of one ratio
+    assert uniform_widths(timed, Limits(latency_ms=0.4)) == timed.smallest()

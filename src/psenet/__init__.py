@@ -15,10 +15,13 @@ from psenet.evolution import search
 from psenet.export import export_model
 from psenet.history import History
 from psenet.importance import order_channels
+from psenet.latency import Latency, measure_latency
+from psenet.latency_model import LatencyModel
 from psenet.pipeline import PruneResult, prune
 from psenet.predictor import Predictor
 from psenet.prior import Prior
 from psenet.reading import trace
+from psenet.runners import Runner
 from psenet.space import ChannelGroup, Frozen, WidthSpace
 from psenet.supernet import Supernet
 from psenet.training import TrainConfig, make_strategy, train_model, train_supernet
@@ -30,10 +33,13 @@ __all__ = [
     "Frozen",
     "History",
     "InputError",
+    "Latency",
+    "LatencyModel",
     "Predictor",
     "Prior",
     "PruneConfig",
     "PruneResult",
+    "Runner",
     "Supernet",
     "SupernetScore",
     "TrainConfig",
@@ -42,6 +48,7 @@ __all__ = [
     "export_model",
     "load",
     "make_strategy",
+    "measure_latency",
     "order_channels",
     "prune",
     "search",

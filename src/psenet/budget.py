@@ -5,7 +5,7 @@ Legend: N width settings, G channel groups.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -19,6 +19,9 @@ _COUNT_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BYTE_UNITS = {"": 1, "B": 1}
 _BYTE_UNITS |= {f"{letter}{end}": 1000**power for power, letter in enumerate("kMG", 1) for end in ("", "B")}
 _BYTE_UNITS |= {"KB": 1000, "KiB": 1024, "kiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
+_TIME_UNITS = {"": 1, "ms": 1, "s": 1000, "us": 1e-3}
+_FINEST = 6
+"""Decimals of a limit that is no count: those of a predicted latency."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,18 @@ class Resource:
 
     name: str
     """The name of the field of `Budget` and of the cost method of `WidthSpace`."""
-    units: dict[str, int]
+    units: Mapping[str, float]
     """What may follow a number, and its factor."""
     examples: str
     """Good values, for messages."""
     show: Callable[[float], str]
     """Writes an amount for a person."""
+    counted: bool = True
+    """Whether amounts are whole numbers: a limit is then rounded down, and below 1 there is nothing."""
+
+    def limit(self, amount: float) -> int | float:
+        """Return an amount as a limit on this resource."""
+        return math.floor(amount) if self.counted else round(amount, _FINEST)
 
 
 def _counted(amount: float) -> str:
@@ -49,10 +58,18 @@ def _in_bytes(amount: float) -> str:
     return f"{amount:.4g} B"
 
 
+def _in_time(amount_ms: float) -> str:
+    for factor, unit in ((1000, "s"), (1, "ms")):
+        if amount_ms >= factor:
+            return f"{amount_ms / factor:.4g} {unit}"
+    return f"{amount_ms * 1000:.4g} us"
+
+
 RESOURCES = (
     Resource("macs", _COUNT_UNITS, "300M, 1.5G, 1000000 or 50%", _counted),
     Resource("params", _COUNT_UNITS, "2M, 250k, 1000000 or 50%", _counted),
     Resource("memory", _BYTE_UNITS, "4 MB, 512 KiB, 1000000 or 50%", _in_bytes),
+    Resource("latency_ms", _TIME_UNITS, "4 ms, 0.5 s or 50%", _in_time, counted=False),
 )
 """Every resource a budget can limit, in the order messages and reports name them."""
 
@@ -67,8 +84,10 @@ class Limits:
     """Number of parameters."""
     memory: int | None = None
     """Peak of activation memory in bytes."""
+    latency_ms: float | None = None
+    """Predicted time of one forward pass in milliseconds, at the batch size of the space's latency model."""
 
-    def each(self) -> list[tuple[Resource, int]]:
+    def each(self) -> list[tuple[Resource, int | float]]:
         """Return the limits that are set, each with its resource."""
         found = ((resource, getattr(self, resource.name)) for resource in RESOURCES)
         return [(resource, limit) for resource, limit in found if limit is not None]
@@ -105,7 +124,7 @@ class Budget:
 
     Example:
         >>> Budget(macs="50%", params="2M")
-        Budget(macs='50%', params='2M', memory=None)
+        Budget(macs='50%', params='2M', memory=None, latency_ms=None)
     """
 
     macs: int | str | None = None
@@ -114,11 +133,15 @@ class Budget:
     """Parameters: a count ("2M", "250k") or a share of the full model."""
     memory: int | str | None = None
     """Peak activation memory of one sample: bytes ("4 MB", "512 KiB") or a share of the full model."""
+    latency_ms: float | str | None = None
+    """Time of one forward pass: milliseconds ("4 ms", "0.5 s") or a share of the full model, both as the space's
+    latency model predicts them; see `WidthSpace.with_latency`."""
 
     def __post_init__(self) -> None:
         if all(getattr(self, field.name) is None for field in fields(self)):
             raise InputError(
-                "a budget needs at least one limit: set macs, params or memory, for example Budget(macs='50%')"
+                "a budget needs at least one limit: set macs, params, memory or latency_ms, for example "
+                "Budget(macs='50%')"
             )
         problems = []
         for resource in RESOURCES:
@@ -143,31 +166,18 @@ class Budget:
 
         Raises:
             InputError: Limits are below the smallest that can be reached, or not below the full model when given as
-                an absolute number; all offenders are named.
+                an absolute number, or on a latency that the space does not know; all offenders are named.
         """
-        ends = space.to_array([space.smallest(), space.full()])
-        limits: dict[str, int] = {}
+        limits: dict[str, int | float] = {}
         problems = []
         for resource in RESOURCES:
-            parsed = _parse(resource, getattr(self, resource.name))
-            if parsed is None:
+            value = getattr(self, resource.name)
+            if value is None:
                 continue
-            amount, is_share = parsed
-            least, full = (int(cost) for cost in cost_of(space, resource, ends))
-            # The nudge undoes binary rounding, so that 30% of 10 is 3 and not 2.
-            limit = math.floor(amount * full * (1 + 1e-12)) if is_share else math.floor(amount)
-            limits[resource.name] = limit
-            given = f"{resource.name}={getattr(self, resource.name)!r}"
-            if not is_share and limit > full:
-                problems.append(
-                    f"{given} is above the full model's {resource.show(full)} {_title(resource)} ({full}): "
-                    f"nothing to prune; give less, or a share such as 50%"
-                )
-            elif limit < least:
-                problems.append(
-                    f"{given} is {limit} and cannot be reached: the smallest reachable is {least} "
-                    f"({math.ceil(least / full * 10000) / 100:g}% of the full model's {full})"
-                )
+            try:
+                limits[resource.name] = _reachable(space, resource, value)
+            except InputError as error:
+                problems.append(str(error))
         if problems:
             raise InputError(
                 "the budget does not fit this model: "
@@ -175,7 +185,33 @@ class Budget:
                 + ". Raise the limit, or trace the model with a lower min_ratio"
                 * any("cannot be reached" in problem for problem in problems)
             )
-        return Limits(**limits)
+        return Limits(**limits)  # pyright: ignore[reportArgumentType] - counts are whole
+
+
+def _reachable(space: WidthSpace, resource: Resource, value: object) -> int | float:
+    """Return the limit that a value means for a space.
+
+    Raises:
+        InputError: No subnet keeps it, or all do; or the space does not know this cost.
+    """
+    parsed = _parse(resource, value)
+    assert parsed is not None
+    amount, is_share = parsed
+    least, full = cost_of(space, resource, space.to_array([space.smallest(), space.full()])).tolist()
+    # The nudge undoes binary rounding, so that 30% of 10 is 3 and not 2.
+    limit = resource.limit(amount * full * (1 + 1e-12) if is_share else amount)
+    given = f"{resource.name}={value!r}"
+    if not is_share and limit > full:
+        raise InputError(
+            f"{given} is above the full model's {resource.show(full)} {_title(resource)} ({full}): "
+            f"nothing to prune; give less, or a share such as 50%"
+        )
+    if limit < least:
+        raise InputError(
+            f"{given} is {limit} and cannot be reached: the smallest reachable is {least} "
+            f"({math.ceil(least / full * 10000) / 100:g}% of the full model's {full})"
+        )
+    return limit
 
 
 def resolve_limits(budget: Budget | Limits, space: WidthSpace) -> Limits:
@@ -192,7 +228,7 @@ def resolve_limits(budget: Budget | Limits, space: WidthSpace) -> Limits:
     problems = [
         f"{resource.name} limit {limit} cannot be reached: the smallest reachable is {cost}"
         for resource, limit in budget.each()
-        for cost in (int(cost_of(space, resource, least)[0]),)
+        for cost in (cost_of(space, resource, least)[0].item(),)
         if limit < cost
     ]
     if problems:
@@ -222,12 +258,13 @@ def uniform_widths(space: WidthSpace, limits: Limits) -> Widths:
 
 
 def cost_of(space: WidthSpace, resource: Resource, widths_NG: np.ndarray) -> np.ndarray:
-    """Return what (N, G) widths cost of one resource, int64 of shape (N,)."""
+    """Return what (N, G) widths cost of one resource, of shape (N,): float64 for a latency, else int64."""
     return getattr(space, resource.name)(widths_NG)
 
 
 def _title(resource: Resource) -> str:
-    return {"macs": "MACs", "memory": "of activation memory"}.get(resource.name, resource.name)
+    titles = {"macs": "MACs", "memory": "of activation memory", "latency_ms": "of predicted latency"}
+    return titles.get(resource.name, resource.name)
 
 
 def _parse(resource: Resource, value: object) -> tuple[float, bool] | None:
@@ -237,7 +274,7 @@ def _parse(resource: Resource, value: object) -> tuple[float, bool] | None:
     if isinstance(value, bool) or not isinstance(value, int | float | str | np.integer):
         raise InputError(_malformed(resource, value, "must be a number or a string"))
     if not isinstance(value, str):
-        if not (math.isfinite(value) and value >= 1):
+        if not (math.isfinite(value) and value >= (1 if resource.counted else 10**-_FINEST)):
             raise InputError(_malformed(resource, value, "must be a positive number"))
         return float(value), False
     match = _NUMBER.fullmatch(value.strip())
@@ -249,8 +286,8 @@ def _parse(resource: Resource, value: object) -> tuple[float, bool] | None:
             raise InputError(_malformed(resource, value, "must be above 0% and at most 100% of the full model"))
         return number / 100, True
     # Round first: 0.3 * 10 is a hair below 3 in binary, and a limit is floored later.
-    amount = round(number * resource.units[match[2]], 6)
-    if amount < 1:
+    amount = round(number * resource.units[match[2]], _FINEST)
+    if amount < (1 if resource.counted else 10**-_FINEST):
         raise InputError(_malformed(resource, value, "must be a positive number"))
     return amount, False
 

@@ -4,8 +4,8 @@ Legend: N width settings, G channel groups, T terms (layers, parameters or momen
 
 The number of channels on any axis of a traced model is a linear form of the group widths: a constant (frozen
 channels) plus a coefficient for each group. Every cost here is built of such forms, so ten thousand settings
-cost two matrix products instead of ten thousand models. All numbers are integers below 2**53, for which float64
-arithmetic is exact.
+cost two matrix products instead of ten thousand models. Numbers are integers below 2**53, for which float64 arithmetic
+is exact; only a latency is a fraction.
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,9 @@ class ProductCost:
         num_groups: G, the number of channel groups.
     """
 
-    def __init__(self, terms: Sequence[tuple[int, LinearForm, LinearForm]], num_groups: int) -> None:
+    def __init__(self, terms: Sequence[tuple[float, LinearForm, LinearForm]], num_groups: int) -> None:
+        self.terms = tuple(terms)
+        self.num_groups = num_groups
         self._scale_T = np.array([scale for scale, _, _ in terms], dtype=np.float64)
         self._left_TG1 = _stack([left for _, left, _ in terms], num_groups)
         self._right_TG1 = _stack([right for _, _, right in terms], num_groups)
@@ -79,6 +81,38 @@ class PeakCost:
         """Return the peak of each setting, int64 of shape (N,)."""
         live_NT = units_NG @ self._rows_TG1[:, :-1].T + self._rows_TG1[:, -1]
         return np.rint(live_NT.max(axis=1, initial=0.0)).astype(np.int64)
+
+
+class LatencyCost:
+    """A sum of non-negative parts, each growing with the widths: predicted latency in milliseconds.
+
+    Args:
+        parts: What adds to the latency.
+        weight_T: Milliseconds for one unit of each part, none negative, shape (T,).
+    """
+
+    def __init__(self, parts: ProductCost, weight_T: np.ndarray) -> None:
+        assert (weight_T >= 0).all(), "more channels may not take less time"
+        products: dict[tuple[LinearForm, LinearForm], float] = {}
+        linear_G1 = np.zeros(parts.num_groups + 1)
+        # Most parts are linear in the widths and one row says them all; search evaluates millions of settings.
+        for (scale, left, right), weight in zip(parts.terms, weight_T.tolist(), strict=True):
+            varying, other = (left, right) if left.coefficients else (right, left)
+            if not other.coefficients:
+                linear_G1 += weight * scale * other.constant * varying.row(parts.num_groups)
+            elif weight > 0:
+                products[left, right] = products.get((left, right), 0.0) + weight * scale
+        self._products = ProductCost([(scale, *sides) for sides, scale in products.items()], parts.num_groups)
+        self._linear_G1 = linear_G1
+
+    def __call__(self, units_NG: np.ndarray) -> np.ndarray:
+        """Return the latency of each setting in milliseconds, float64 of shape (N,).
+
+        Rounded to nanoseconds, so that a setting has the same latency alone and among others, whatever the order in
+        which sums were taken, and a limit can be met exactly.
+        """
+        products_N = self._products.by_term(units_NG).sum(axis=1)
+        return np.round(products_N + (units_NG * self._linear_G1[:-1]).sum(axis=1) + self._linear_G1[-1], 6)
 
 
 def _stack(forms: Sequence[LinearForm], num_groups: int) -> np.ndarray:

@@ -22,6 +22,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from psenet.artifact import Description, save_weights, write_bytes
+from psenet.errors import InputError
 from psenet.evaluate import eval_mode
 from psenet.inputs import as_arguments, tensors_in
 from psenet.widths import Widths
@@ -126,6 +127,30 @@ def export_model(
         batch_is_dynamic=programs.batch_is_dynamic,
         problems=tuple(programs.problems),
     )
+
+
+def onnx_content(module: nn.Module, example_input: torch.Tensor | Inputs) -> bytes:
+    """Return the ONNX file of a module in eval mode, for any batch size where the module allows it.
+
+    Args:
+        module: On the CPU; unchanged afterwards.
+        example_input: An input that the module takes, batch included, or a tuple of inputs.
+
+    Raises:
+        InputError: The module cannot be exported; the message says why.
+    """
+    inputs = as_arguments(example_input)
+    if not all(isinstance(value, torch.Tensor) for value in inputs):
+        raise InputError("an ONNX export takes inputs that are tensors, not dicts or lists of them")
+    problems: list[str] = []
+    with eval_mode(module), torch.no_grad(), _quiet():
+        program, _ = _capture(module, inputs, problems)
+        if program is None:
+            raise InputError("; ".join(problems))
+        try:
+            return _convert(program)[0]
+        except _ExportError as error:
+            raise InputError(f"the module cannot be exported to ONNX: {error}") from error
 
 
 @dataclass
@@ -235,7 +260,7 @@ def _onnx_difference(content: bytes, module: nn.Module, tries: Sequence[Inputs])
     """Return the largest relative difference between ONNX Runtime and the module."""
     errors = _runtime_errors()
     try:
-        session = _session(content)
+        session = onnx_session(content)
         names = [value.name for value in session.get_inputs()]
         differences = []
         for inputs in tries:
@@ -259,20 +284,31 @@ def _newest_opset() -> int:
     for opset in range(newest, 18, -1):
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
         try:
-            _session(model.SerializeToString())
+            onnx_session(model.SerializeToString())
         except _runtime_errors():
             continue
         return opset
     return 18
 
 
-def _session(content: bytes) -> Any:
+def onnx_session(content: bytes, *, on_cuda: int | None = None) -> Any:
+    """Return a session of ONNX Runtime with as many threads as torch is set to.
+
+    Args:
+        content: The ONNX file.
+        on_cuda: Number of the CUDA device to run on; None for the CPU.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    # Threads that go on spinning after a run would slow down whatever is measured next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if on_cuda is not None:
+        providers.insert(0, ("CUDAExecutionProvider", {"device_id": on_cuda}))
+    return onnxruntime.InferenceSession(content, options, providers=providers)
 
 
 def _runtime_errors() -> tuple[type[Exception], ...]:

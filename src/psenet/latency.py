@@ -1,9 +1,10 @@
 """Measure how long modules take, side by side."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 
 import numpy as np
@@ -11,8 +12,8 @@ import torch
 from torch import nn
 
 from psenet.errors import InputError
-from psenet.evaluate import eval_mode
-from psenet.inputs import as_arguments
+from psenet.inputs import Inputs
+from psenet.runners import EAGER, Pass, Runner
 
 _SHORT_MS = 1.0
 _LEAST_MEASUREMENT_MS = 2.0
@@ -31,96 +32,78 @@ class Latency:
 
 def measure_latency(
     modules: Mapping[str, nn.Module],
-    example_input: torch.Tensor | tuple[torch.Tensor, ...],
+    example_input: Inputs,
     *,
+    runner: Runner = EAGER,
     num_runs: int = 30,
     warmup: int = 5,
-    num_threads: int | None = None,
-    device: torch.device | str = "cpu",
 ) -> dict[str, Latency]:
     """Measure the forward pass of several modules, interleaved so that a slow moment of the machine hits them alike.
 
-    Every round measures each module once, and the order rotates from round to round. A pass shorter than 1 ms is
-    repeated inside each measurement until that lasts about 2 ms or more; the time of one pass is reported. Modules run
-    in eval mode without gradients, and get their training flags back.
+    Modules run in eval mode without gradients, and get their training flags back. See `time_passes` for how the time
+    is taken.
 
     Args:
-        modules: What to measure, by name; on `device`.
-        example_input: The input, batch included, or a tuple of inputs; copied to `device`.
+        modules: What to measure, by name; on `runner.place`.
+        example_input: The input, shape (B, ...), or a tuple of inputs; its first sample is repeated to the runner's
+            batch size.
+        runner: The engine, device, threads and batch size.
         num_runs: Measurements of each module, at least 3.
         warmup: Passes of each module before measuring, at least 1.
-        num_threads: CPU threads of one pass; by default what torch is set to. Put back afterwards.
-        device: `"cpu"` or a CUDA device.
 
     Returns:
         The latency of each module, by name.
 
     Raises:
-        InputError: The device is unavailable, a module is elsewhere, there is nothing to measure, or a number is too
-            small.
+        InputError: The device is unavailable, a module is elsewhere or cannot be run by the engine, there is nothing
+            to measure, or a number is too small.
     """
-    place = _available(device)
-    _check(modules, place, num_runs=num_runs, warmup=warmup, num_threads=num_threads)
-    inputs = tuple(value.to(place) for value in as_arguments(example_input))
-    time_ms = _time_on_cpu_ms if place.type == "cpu" else _time_on_cuda_ms
-    names = list(modules)
-    times_ms: dict[str, list[float]] = {name: [] for name in names}
+    _check(modules, num_runs=num_runs, warmup=warmup)
     with ExitStack() as stack:
-        stack.enter_context(_threads(num_threads))
-        stack.enter_context(torch.inference_mode())
-        for module in modules.values():
-            stack.enter_context(eval_mode(module))
-        repeats = {
-            name: _num_repeats(min(time_ms(module, inputs, 1) for _ in range(warmup)))
-            for name, module in modules.items()
-        }
-        for round_number in range(num_runs):
-            shift = round_number % len(names)
-            for name in names[shift:] + names[:shift]:
-                times_ms[name].append(time_ms(modules[name], inputs, repeats[name]) / repeats[name])
+        passes = {}
+        for name, module in modules.items():
+            try:
+                passes[name] = stack.enter_context(runner.prepare(module, example_input))
+            except InputError as error:
+                raise InputError(f"module {name!r} cannot be measured: {error}") from error
+        return time_passes(passes, runner, num_runs=num_runs, warmup=warmup)
+
+
+def time_passes(passes: Mapping[str, Pass], runner: Runner, *, num_runs: int, warmup: int) -> dict[str, Latency]:
+    """Time passes that a runner has prepared, side by side.
+
+    Every round measures each pass once, and the order rotates from round to round. A pass shorter than 1 ms is
+    repeated inside each measurement until that lasts about 2 ms or more; the time of one pass is reported.
+
+    Args:
+        passes: What to time, by name.
+        runner: What prepared them.
+        num_runs: Measurements of each pass.
+        warmup: Passes of each before measuring.
+
+    Returns:
+        The latency of each pass, by name.
+    """
+    _check(passes, num_runs=num_runs, warmup=warmup)
+    # ONNX Runtime returns when its outputs are there, on a GPU as well; torch has to be waited for.
+    time_ms = _time_on_cpu_ms if runner.place.type == "cpu" else partial(_time_on_cuda_ms, runner.place)
+    names = list(passes)
+    times_ms: dict[str, list[float]] = {name: [] for name in names}
+    repeats = {name: _num_repeats(min(time_ms(run, 1) for _ in range(warmup))) for name, run in passes.items()}
+    for round_number in range(num_runs):
+        shift = round_number % len(names)
+        for name in names[shift:] + names[:shift]:
+            times_ms[name].append(time_ms(passes[name], repeats[name]) / repeats[name])
     return {name: _summary(measured) for name, measured in times_ms.items()}
 
 
-def _available(device: torch.device | str) -> torch.device:
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"device must be 'cpu' or a CUDA device; got {device!r}: {error}") from None
-    if place.type not in ("cpu", "cuda"):
-        raise InputError(f"device must be 'cpu' or a CUDA device; got {device!r}")
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"device {str(place)!r} is not available: torch sees {torch.cuda.device_count()} CUDA devices; use 'cpu'"
-        )
-    return torch.device("cuda", torch.cuda.current_device()) if place == torch.device("cuda") else place
-
-
-def _check(
-    modules: Mapping[str, nn.Module], place: torch.device, *, num_runs: int, warmup: int, num_threads: int | None
-) -> None:
-    if not modules:
+def _check(measured: Mapping[str, object], *, num_runs: int, warmup: int) -> None:
+    if not measured:
         raise InputError("latency needs at least one module to measure; got none")
     least = [("num_runs", num_runs, 3), ("warmup", warmup, 1)]
-    least += [] if num_threads is None else [("num_threads", num_threads, 1)]
     problems = [f"{name} must be at least {bound}; got {value}" for name, value, bound in least if value < bound]
-    for name, module in modules.items():
-        tensors = [*module.parameters(), *module.buffers()]
-        elsewhere = sorted({str(tensor.device) for tensor in tensors if tensor.device != place})
-        if elsewhere:
-            problems.append(f"module {name!r} must be on {place}; it is on {', '.join(elsewhere)}: move it first")
     if problems:
         raise InputError("; ".join(problems))
-
-
-@contextmanager
-def _threads(num_threads: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _num_repeats(shortest_ms: float) -> int:
@@ -130,20 +113,20 @@ def _num_repeats(shortest_ms: float) -> int:
     return math.ceil(_LEAST_MEASUREMENT_MS / max(shortest_ms, 1e-3))
 
 
-def _time_on_cpu_ms(module: Callable[..., object], inputs: tuple[torch.Tensor, ...], num_passes: int) -> float:
+def _time_on_cpu_ms(run: Pass, num_passes: int) -> float:
     start = perf_counter()
     for _ in range(num_passes):
-        module(*inputs)
+        run()
     return (perf_counter() - start) * 1e3
 
 
-def _time_on_cuda_ms(module: Callable[..., object], inputs: tuple[torch.Tensor, ...], num_passes: int) -> float:
-    with torch.cuda.device(inputs[0].device):
+def _time_on_cuda_ms(place: torch.device, run: Pass, num_passes: int) -> float:
+    with torch.cuda.device(place):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
         start.record()
         for _ in range(num_passes):
-            module(*inputs)
+            run()
         end.record()
         torch.cuda.synchronize()
         return start.elapsed_time(end)

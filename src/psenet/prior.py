@@ -50,6 +50,10 @@ class Prior:
     def __repr__(self) -> str:
         return f"Prior({self.num_bins} bins, {self._visits_BGC.sum() / max(len(self.space.groups), 1):.4g} visits)"
 
+    def on(self, space: WidthSpace) -> "Prior":
+        """Return the prior on the same space with other costs: one with a latency model has one more."""
+        return self if space is self.space else Prior(space, self._visits_BGC, smoothing=self.smoothing)
+
     @property
     def num_bins(self) -> int:
         """How many bins the cost axis has."""

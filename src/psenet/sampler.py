@@ -83,7 +83,7 @@ class PriorEvolutionSampler(BaseSampler):
         self.learn = learn
         self.predictor = predictor
         self._informed = prior is not None
-        self._prior = prior or Prior.uniform(space)
+        self._prior = Prior.uniform(space) if prior is None else prior.on(space)
         self.distributions = width_distributions(space)
         self._rows: dict[int, tuple[dict[str, Any], np.ndarray]] = {}
         self._predicts: tuple[bytes, Predictor] | None = None

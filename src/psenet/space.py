@@ -6,15 +6,18 @@ Legend: N width settings, G channel groups.
 import hashlib
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import overload
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from psenet.cost import LinearForm, PeakCost, ProductCost
+from psenet.cost import LatencyCost, LinearForm, PeakCost, ProductCost
 from psenet.errors import InputError
 from psenet.tracing.layout import Layout
 from psenet.widths import Widths
+
+if TYPE_CHECKING:
+    from psenet.latency_model import LatencyModel
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,8 @@ class SpaceCosts:
     macs: ProductCost
     params: ProductCost
     memory: PeakCost
+    latency_ms: LatencyCost | None = None
+    """Only once latency was measured; see `WidthSpace.with_latency`."""
 
 
 class WidthSpace:
@@ -274,11 +279,44 @@ class WidthSpace:
         """
         return self._cost(self.costs.memory, widths)
 
+    @overload
+    def latency_ms(self, widths: Widths) -> float: ...
+    @overload
+    def latency_ms(self, widths: Sequence[Widths] | np.ndarray) -> np.ndarray: ...
+    def latency_ms(self, widths: Widths | Sequence[Widths] | np.ndarray) -> float | np.ndarray:
+        """Return the predicted time of one forward pass in milliseconds; it never falls when a width grows.
+
+        Takes what `macs` does; given in steps of a nanosecond.
+
+        Returns:
+            A float for one setting, else float64 of shape (N,).
+
+        Raises:
+            InputError: The space has no latency model; see `with_latency`.
+        """
+        if self.costs.latency_ms is None:
+            raise InputError(
+                "latency needs a latency model of this space, made where the net will run: use "
+                "space.with_latency(psenet.LatencyModel.measure(model, space, example_input))"
+            )
+        return self._cost(self.costs.latency_ms, widths)
+
+    def with_latency(self, model: "LatencyModel") -> "WidthSpace":
+        """Return this space with the latency model's prediction as one more cost. Its digest is the same.
+
+        Raises:
+            InputError: The model was measured on another space.
+        """
+        costs = replace(self.costs, latency_ms=model.cost(self))
+        return WidthSpace(self.groups, costs, frozen=self.frozen, wiring=self.wiring)
+
     def _cost(
-        self, formula: ProductCost | PeakCost, widths: Widths | Sequence[Widths] | np.ndarray
-    ) -> int | np.ndarray:
+        self,
+        formula: ProductCost | PeakCost | LatencyCost,
+        widths: Widths | Sequence[Widths] | np.ndarray,
+    ) -> Any:
         if isinstance(widths, Widths):
-            return int(formula(np.array([self.units(widths)], dtype=np.float64))[0])
+            return formula(np.array([self.units(widths)], dtype=np.float64))[0].item()
         if not isinstance(widths, np.ndarray):
             for setting in widths:
                 self.check(setting)

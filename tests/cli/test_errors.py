@@ -199,7 +199,7 @@ def test_an_unreadable_image_is_named(image_tree: Any, tmp_path: Path):
                 ". Raise the limit",
             ],
         ),
-        ({"macs": None}, ["a budget needs at least one limit: set macs, params or memory"]),
+        ({"macs": None}, ["a budget needs at least one limit: set macs, params, memory or latency_ms"]),
     ],
 )
 def test_a_budget_that_cannot_be_is_explained_before_any_work(
@@ -290,10 +290,10 @@ def test_a_command_that_does_not_exist_like_that_is_explained(arguments: list[st
 def test_no_command_shows_the_help_and_help_is_no_error():
     ended = psenet("--help")
     assert (ended.code, ended.err) == (0, "")
-    for words in ("prune", "inspect", "--debug"):
+    for words in ("prune", "inspect", "bench", "--debug"):
         assert words in ended.out
     assert psenet().code == 2
-    for command in ("prune", "inspect"):
+    for command in ("prune", "inspect", "bench"):
         ended = psenet(command, "--help")
         assert (ended.code, ended.err) == (0, "")
         assert f"Example: psenet {command}" in ended.out

@@ -263,3 +263,11 @@ def test_unreadable_images_are_left_out_and_counted_where_asked(asked: _Asked, i
     assert ended.code == 0
     (line,) = [line for line in ended.out.splitlines() if line.startswith("images: ")]
     assert sum(int(word) for word in line.split() if word.isdigit()) == 78
+
+
+def test_a_run_can_be_measured_again(run: _Run):
+    ended = psenet("bench", run.out, "--runs", "3", "--batch", "2")
+    assert (ended.code, ended.err) == (0, "")
+    measured = json.loads((run.out / "bench.json").read_text())["measurements"]
+    assert [(row["net"], row["batch"]) for row in measured] == [("baseline", 2), ("pruned", 2)]
+    (run.out / "bench.json").unlink()

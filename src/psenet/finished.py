@@ -1,0 +1,92 @@
+"""Open what a finished run has made: the baseline and the pruned net, ready to run.
+
+The original model is rebuilt by the name that the recipe holds, so the run must be one of the command line.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from psenet.artifact import load
+from psenet.errors import InputError
+from psenet.models import build_model
+from psenet.rundir import read_json
+
+_PROBED_CLASSES = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedRun:
+    """The nets of a run, in eval mode on the CPU, and what they take."""
+
+    model: str
+    """The original model, as given to the command line."""
+    input_shape: tuple[int, ...]
+    """Shape of one sample, without the batch."""
+    baseline: nn.Module
+    pruned: nn.Module
+    record: Mapping[str, Any]
+    """The figures, as in `result.json`."""
+
+
+def load_run(path: str | Path) -> FinishedRun:
+    """Open a run directory that `psenet prune` has finished.
+
+    Raises:
+        InputError: There is no run, it is not finished, its files are damaged, or its model cannot be built here.
+    """
+    path = Path(path)
+    if not (path / "recipe.json").is_file():
+        raise InputError(f"{path} must be a run directory made by psenet prune; it holds no recipe.json")
+    if not (path / "result.json").is_file():
+        raise InputError(
+            f"the run in {path} is not finished: it has no result.json; continue it with psenet prune ... --resume"
+        )
+    recipe, record = read_json(path / "recipe.json"), read_json(path / "result.json")
+    spec, shape = (recipe.get(name) if isinstance(recipe, dict) else None for name in ("model", "input_shape"))
+    if not (isinstance(spec, str) and ":" in spec):
+        raise InputError(
+            f"the model of the run in {path} must have a name to be built by, such as timm:NAME or my.module:factory; "
+            f"its recipe has {spec!r}"
+        )
+    if not (isinstance(shape, list) and shape and all(isinstance(size, int) for size in shape)):
+        raise InputError(f"the run in {path} must be of a model with one input; its recipe has the shapes {shape!r}")
+    baseline = _baseline(spec, path / "stages" / "baseline.safetensors", in_channels=shape[0])
+    return FinishedRun(
+        model=spec,
+        input_shape=tuple(shape),
+        pruned=load(path, lambda: baseline).eval(),
+        baseline=baseline.eval(),
+        record=record,
+    )
+
+
+def _baseline(spec: str, weights: Path, *, in_channels: int) -> nn.Module:
+    """Return the original model with its trained weights.
+
+    The recipe does not hold the number of classes; the weights do, where a model of another number differs from them.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        state = load_file(weights)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"the baseline's weights {weights} cannot be read: {error}") from error
+    model = build_model(spec, num_classes=_PROBED_CLASSES, in_channels=in_channels)
+    classes = {len(state[name]) for name, tensor in model.state_dict().items() if _differs(state.get(name), tensor)}
+    if len(classes) == 1:
+        model = build_model(spec, num_classes=classes.pop(), in_channels=in_channels)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise InputError(f"{spec} does not build the model that this run pruned: {error}") from error
+    return model
+
+
+def _differs(saved: torch.Tensor | None, built: torch.Tensor) -> bool:
+    return saved is not None and saved.ndim > 0 and saved.ndim == built.ndim and len(saved) != len(built)
