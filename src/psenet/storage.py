@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from psenet.errors import InputError
+from psenet.space import WidthSpace
 
 if TYPE_CHECKING:
+    from optuna.samplers import BaseSampler
     from optuna.storages import BaseStorage
     from optuna.study import Study
     from optuna.trial import FrozenTrial
@@ -22,7 +24,39 @@ if TYPE_CHECKING:
 WORKER = "psenet_worker"
 """Trial attribute: the process that works at it."""
 _RETRY_OF = "psenet_retry_of"
+_DIGEST = "psenet_space"
 _PROCESS = uuid.uuid4().hex[:12]
+
+
+def open_study(
+    storage: str | os.PathLike[str] | None, study_name: str, sampler: "BaseSampler", space: WidthSpace
+) -> "Study":
+    """Open a study, or begin it if the storage does not have it.
+
+    Raises:
+        InputError: The storage cannot be opened, or the study belongs to another space.
+    """
+    import optuna
+
+    study = optuna.create_study(
+        storage=open_storage(storage),
+        sampler=sampler,
+        study_name=study_name,
+        direction="maximize",
+        load_if_exists=True,
+    )
+    # Read first: another search that begins the study at the same time names the space before it adds a trial.
+    is_new = not study.get_trials(deepcopy=False)
+    digest = study.user_attrs.get(_DIGEST)
+    if digest is None and is_new:
+        study.set_user_attr(_DIGEST, space.digest())
+    elif digest != space.digest():
+        raise InputError(
+            f"study {study_name!r} in {without_password(storage)} belongs to another width space "
+            f"({digest}, here {space.digest()}): use another storage or study_name, "
+            "or the model and choices it was made with"
+        )
+    return study
 
 
 def open_storage(storage: str | os.PathLike[str] | None) -> "BaseStorage | None":
@@ -102,6 +136,8 @@ def put_back(study: "Study", number: int) -> None:
 
     trials = study.get_trials(deepcopy=False)
     trial = next(trial for trial in trials if trial.number == number)
+    if trial.state.is_finished():
+        return
     if number not in numbers_put_back(trials) and trial.params:
         study.add_trial(
             create_trial(
