@@ -176,7 +176,7 @@ def pareto_front(evaluations: Sequence[Evaluation], costs: np.ndarray | Sequence
     costs_NR = np.asarray(costs, dtype=np.float64)
     if costs_NR.shape[:1] != (len(evaluations),) or costs_NR.ndim > 2:
         raise InputError(f"expected costs of {len(evaluations)} evaluations, one row each; got shape {costs_NR.shape}")
-    costs_NR = costs_NR.reshape(len(evaluations), -1)
+    costs_NR = costs_NR[:, None] if costs_NR.ndim == 1 else costs_NR
     scores_N = np.array([evaluation.score for evaluation in evaluations])
     # In this order an evaluation is beaten, or equalled, only by one before it, and so by one that is in the front.
     keys = (-scores_N, *costs_NR.T[::-1])

@@ -2,23 +2,26 @@
 
 import math
 import statistics
+import uuid
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from psenet.budget import Limits
 from psenet.found import SearchProgress, SearchResult, best_of
 from psenet.scoring import Outcome, Scorer
 from psenet.space import WidthSpace
-from psenet.storage import WORKER, numbers_put_back, put_back, worker_name
+from psenet.storage import RETRY_OF, WORKER, numbers_retried, put_back, worker_name
 from psenet.tally import BAD_SCORE, PREDICTED, StudyReader, Tally
 from psenet.widths import Widths
 
 if TYPE_CHECKING:
     from optuna.study import Study
-    from optuna.trial import FrozenTrial, Trial
+    from optuna.trial import FrozenTrial
 
     from psenet.sampler import PriorEvolutionSampler, Tried
 
+_KEY = "psenet_key"
+"""Trial attribute: by which the trial just added is found."""
 _PATIENCE = 20
 """So many candidates without a finite score, and none with one, mean that scoring is broken."""
 
@@ -55,7 +58,7 @@ class StudyRun:
         self._first = tuple(first)
         self._num_evaluations = num_evaluations
         self._progress = progress
-        self._running: dict[int, Trial] = {}
+        self._running: dict[int, FrozenTrial] = {}
         self._exhausted: set[int] = set()
         self._seconds: list[float] = []
 
@@ -73,9 +76,9 @@ class StudyRun:
                 tally = self._reader.read()
                 is_enough = self._is_enough(tally)
                 turns = self._turns(tally, is_enough=is_enough)
-                if scorer.num_free and (turns or (tally.has_waiting and not is_enough)):
+                if scorer.num_free and (turns or (tally.left_over and not is_enough)):
                     self._start(tally, turns, scorer)
-                elif self._running:
+                elif self._running or (turns and not scorer.num_workers):
                     for outcome in scorer.wait():
                         self._finish(outcome, scorer)
                 else:
@@ -123,43 +126,56 @@ class StudyRun:
     # One candidate ------------------------------------------------------------------------------------------------
 
     def _start(self, tally: Tally, turns: list[int], scorer: Scorer) -> None:
-        """Begin to score a trial: one that waits, else a new proposal; none if another search is already at it."""
+        """Begin to score a candidate: one that was put back, else a new one; none if another search is at it."""
         from optuna.trial import TrialState
 
-        if not tally.has_waiting and not self._queue_proposal(tally.trials, turns):
-            return
-        trial = self._study.ask(self._sampler.distributions)
-        if trial.user_attrs.get(WORKER) != worker_name():
-            trial.set_user_attr(WORKER, worker_name())
+        if tally.left_over:
+            trial = self._begin_again(tally.left_over[0])
+        else:
+            tried = self._sampler.read(tally.trials)
+            widths = self._next_first(tally.trials) or self._proposed(tried, turns)
+            if widths is None:
+                return
+            predicted = self._sampler.predict(tried, widths)
+            trial = self._begin(widths, {} if predicted is None else {PREDICTED: predicted})
         widths = self._reader.widths(trial)
         # A search of other budgets on this storage may have left what is outside these.
         if not self._reader.budgets_of(widths) or self._is_taken(trial):
-            self._study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+            self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
             return
         self._running[trial.number] = trial
         scorer.start(trial.number, widths)
 
-    def _queue_proposal(self, trials: "list[FrozenTrial]", turns: list[int]) -> bool:
-        """Add a trial that waits; return False if nothing is left to propose."""
+    def _next_first(self, trials: "list[FrozenTrial]") -> Widths | None:
+        params = [trial.params for trial in trials] if self._first else []
+        return next((widths for widths in self._first if dict(widths) not in params), None)
+
+    def _begin(self, widths: Widths, attributes: dict[str, Any]) -> "FrozenTrial":
+        """Add a running trial, whole: one write, where suggesting each group would be one write a group."""
         from optuna.trial import TrialState, create_trial
 
-        params = [trial.params for trial in trials]
-        untried = (widths for widths in self._first if dict(widths) not in params)
-        tried = self._sampler.read(trials)
-        widths = next(untried, None) or self._proposed(tried, turns)
-        if widths is None:
-            return False
-        predicted = self._sampler.predict(tried, widths)
-        # Added whole and then asked for: one write, where suggesting each group would be one write a group.
+        key = uuid.uuid4().hex
         self._study.add_trial(
             create_trial(
-                state=TrialState.WAITING,
+                state=TrialState.RUNNING,
                 params=dict(widths),
                 distributions=self._sampler.distributions,
-                user_attrs={WORKER: worker_name(), **({} if predicted is None else {PREDICTED: predicted})},
+                user_attrs={WORKER: worker_name(), _KEY: key, **attributes},
             )
         )
-        return True
+        trials = reversed(self._study.get_trials(deepcopy=False))
+        return next(trial for trial in trials if trial.user_attrs.get(_KEY) == key)
+
+    def _begin_again(self, left: "FrozenTrial") -> "FrozenTrial":
+        """Begin a trial with the widths of one that was put back or queued by hand."""
+        from optuna.trial import TrialState
+
+        if left.state == TrialState.WAITING:
+            # Perhaps queued in part: the sampler fills in the rest.
+            number = self._study.ask(self._sampler.distributions).number
+            return next(trial for trial in self._study.get_trials(deepcopy=False) if trial.number == number)
+        predicted = {name: value for name, value in left.user_attrs.items() if name == PREDICTED}
+        return self._begin(self._reader.widths(left), {RETRY_OF: left.number, **predicted})
 
     def _proposed(self, tried: "Tried", turns: list[int]) -> Widths | None:
         from psenet.sampler import SpaceExhausted
@@ -172,10 +188,10 @@ class StudyRun:
                     self._exhausted.add(budget)
         return None
 
-    def _is_taken(self, trial: "Trial") -> bool:
+    def _is_taken(self, trial: "FrozenTrial") -> bool:
         """Return whether an earlier trial has the same widths: of searches that propose the same, the first wins."""
         trials = self._study.get_trials(deepcopy=False)
-        superseded = numbers_put_back(trials)
+        superseded = numbers_retried(trials)
         params = trial.params
         return any(
             other.params == params for other in trials if other.number < trial.number and other.number not in superseded
@@ -183,16 +199,16 @@ class StudyRun:
 
     def _finish(self, outcome: Outcome, scorer: Scorer) -> None:
         """Keep a score; put the candidate back if its worker died."""
-        from optuna.trial import TrialState
+        from optuna.trial import Trial, TrialState
 
         trial = self._running[outcome.key]
         if outcome.score is None:
             put_back(self._study, trial.number)
         elif math.isfinite(outcome.score):
-            self._study.tell(trial, outcome.score, skip_if_finished=True)
+            self._study.tell(trial.number, outcome.score, skip_if_finished=True)
         else:
-            trial.set_user_attr(BAD_SCORE, str(outcome.score))
-            self._study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+            Trial(self._study, trial._trial_id).set_user_attr(BAD_SCORE, str(outcome.score))
+            self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
         del self._running[outcome.key]
         if outcome.score is not None:
             self._seconds.append(outcome.seconds)

@@ -8,11 +8,12 @@ import numpy as np
 from psenet.budget import Limits
 from psenet.found import Evaluation, SearchResult, best_of
 from psenet.space import WidthSpace
+from psenet.storage import left_over
 from psenet.widths import Widths
 
 if TYPE_CHECKING:
     from optuna.study import Study
-    from optuna.trial import FrozenTrial, Trial
+    from optuna.trial import FrozenTrial
 
 BAD_SCORE = "psenet_bad_score"
 """Trial attribute: the score that was not finite."""
@@ -39,7 +40,8 @@ class Tally:
 
     trials: "list[FrozenTrial]"
     """All of them, in any state and at any cost."""
-    has_waiting: bool
+    left_over: "list[FrozenTrial]"
+    """Those to be tried, because they were put back or queued by hand; inside a budget as far as can be told."""
     done: list[Entry]
     """Those with a score, in the order of completion."""
     failed: list[Entry]
@@ -100,8 +102,6 @@ class StudyReader:
 
     def read(self) -> Tally:
         """Return the study as it is now."""
-        from optuna.trial import TrialState
-
         trials = self._study.get_trials(deepcopy=False)
         for trial in trials:
             if trial.number not in self._entries and trial.state.is_finished():
@@ -111,8 +111,7 @@ class StudyReader:
         # By the time of completion: with one worker that is the order of evaluation, retries included.
         done.sort(key=lambda entry: (entry.trial.datetime_complete, entry.trial.number))
         failed = [entry for entry in entries if entry.evaluation is None]
-        has_waiting = any(trial.state == TrialState.WAITING for trial in trials)
-        return Tally(trials, has_waiting, done, failed)
+        return Tally(trials, [trial for trial in left_over(trials) if self._may_be_inside(trial)], done, failed)
 
     def evaluation(self, number: int) -> Evaluation | None:
         """Return the evaluation of a trial that was read, None if it has none inside the budgets."""
@@ -123,11 +122,16 @@ class StudyReader:
         """Return the numbers of the budgets that a setting keeps."""
         return frozenset(n for n, limits in enumerate(self._budgets) if limits.holds(self._space, widths))
 
-    def widths(self, trial: "Trial | FrozenTrial") -> Widths:
+    def widths(self, trial: "FrozenTrial") -> Widths:
         """Return the widths of a trial."""
-        # Optuna copies all parameters on each access.
-        params = trial.params
-        return Widths({group.name: params[group.name] for group in self._space.groups})
+        return Widths({group.name: trial.params[group.name] for group in self._space.groups})
+
+    def has_widths(self, trial: "FrozenTrial") -> bool:
+        """Return whether a trial has the width of every group, which one queued by hand may not have."""
+        return all(group.name in trial.params for group in self._space.groups)
+
+    def _may_be_inside(self, trial: "FrozenTrial") -> bool:
+        return not self.has_widths(trial) or bool(self.budgets_of(self.widths(trial)))
 
     def _entry(self, trial: "FrozenTrial") -> Entry | None:
         from optuna.trial import TrialState

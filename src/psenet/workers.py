@@ -71,6 +71,7 @@ class WorkerPool:
         self._payload = payload
         self._num_started = num_workers
         self._workers: list[_Worker] = []
+        self._error: BaseException | None = None
 
     @property
     def num_workers(self) -> int:
@@ -111,10 +112,14 @@ class WorkerPool:
         """Wait for a worker to end its candidate or to die.
 
         Raises:
+            BaseException: Whatever the score function raised in a worker.
             RuntimeError: All workers died.
         """
         outcomes: list[Outcome] = []
         while not outcomes:
+            if self._error is not None:
+                # Not before the scores that came at the same time were handed over.
+                raise self._error
             wait([item for worker in self._workers for item in (worker.connection, worker.process.sentinel)])
             for worker in list(self._workers):
                 outcomes += self._collect(worker)
@@ -136,30 +141,33 @@ class WorkerPool:
         """Return the outcome of a worker's candidate if it has ended."""
         try:
             if worker.connection.poll():
-                return [self._outcome(worker, worker.connection.recv())]
+                return self._outcome(worker, worker.connection.recv())
         except (EOFError, OSError):
             worker.process.join(_GRACE)
         return [] if worker.process.is_alive() else self._bury(worker)
 
-    def _outcome(self, worker: _Worker, message: tuple[float | None, bytes, str]) -> Outcome:
+    def _outcome(self, worker: _Worker, message: tuple[float | None, bytes, str]) -> list[Outcome]:
         score, error, trace = message
         if score is None:
-            raise _unpickled(error, trace) from RuntimeError(f"in a worker process:\n{trace}")
+            self._error = _unpickled(error, trace)
+            self._error.__cause__ = RuntimeError(f"in a worker process:\n{trace}")
+            return []
         assert worker.key is not None
         outcome = Outcome(worker.key, score, time.perf_counter() - worker.begin)
         worker.key = None
-        return outcome
+        return [outcome]
 
     def _bury(self, worker: _Worker) -> list[Outcome]:
         self._workers.remove(worker)
         worker.connection.close()
         what = f"a worker process of the search died with exit code {worker.process.exitcode}"
         if not self._workers:
-            raise RuntimeError(
+            self._error = RuntimeError(
                 f"{what}, the last of {self._num_started}: a negative code is the number of a signal (-9: "
                 "killed, often for memory); with code 1, see its error above, and make sure that the script starts the "
                 "search under `if __name__ == '__main__':`"
             )
+            return []
         warnings.warn(f"{what}; the other {len(self._workers)} go on with what it was at", stacklevel=2)
         if worker.key is None:
             return []
