@@ -69,6 +69,17 @@ def test_training_helps_where_few_candidates_are_scored():
     assert np.mean(gains) > 0.02
 
 
+def test_predictions_are_those_of_the_regression():
+    space = make_space(6)
+    score = Additive(space)
+    rng = np.random.default_rng(0)
+    seen, unseen = ([space.sample(rng) for _ in range(num)] for num in (30, 20))
+    predictor = Predictor.untrained(space).updated(seen, [score.of(widths) for widths in seen])
+    features_NF = predictor._all_features(space.to_array(unseen))
+    for ours, theirs in zip(predictor.predict(unseen), predictor.scores.predict(features_NF, True), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12)
+
+
 @pytest.mark.parametrize("num", [0, LEAST_SCORES - 1])
 def test_too_few_scores_say_nothing(num: int):
     space = make_space()

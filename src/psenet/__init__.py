@@ -11,8 +11,9 @@ from psenet.budget import Budget
 from psenet.config import PruneConfig
 from psenet.errors import InputError
 from psenet.evaluate import SupernetScore
-from psenet.evolution import search
+from psenet.evolution import search, search_each
 from psenet.export import export_model
+from psenet.front import search_front
 from psenet.history import History
 from psenet.importance import order_channels
 from psenet.latency import Latency, measure_latency
@@ -52,6 +53,8 @@ __all__ = [
     "order_channels",
     "prune",
     "search",
+    "search_each",
+    "search_front",
     "trace",
     "train_model",
     "train_supernet",

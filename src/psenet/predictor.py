@@ -80,7 +80,11 @@ class Predictor:
         widths_NG = widths if isinstance(widths, np.ndarray) else self.space.to_array(widths)
         if self.scores is None:
             return _features(self.space, widths_NG) @ self.effects, np.zeros(len(widths_NG))
-        return self.scores.predict(self._all_features(widths_NG), return_std=True)
+        # What `BayesianRidge.predict` does, without its checks, which take longer than the sums.
+        features_NF = self._all_features(widths_NG)
+        centred_NF = features_NF - self.scores.X_offset_
+        variance_N = ((centred_NF @ self.scores.sigma_) * centred_NF).sum(axis=1) + 1 / self.scores.alpha_
+        return features_NF @ self.scores.coef_ + self.scores.intercept_, np.sqrt(variance_N)
 
     @property
     def knows_something(self) -> bool:

@@ -36,12 +36,15 @@ class Prior:
         space: The width space.
         visits_BGC: Weighted visits of each choice of each group in each bin, shape (B, G, C).
         smoothing: Visits added to every group of every bin, shared equally by its choices.
+        levels: The levels of the space, where they are there already.
     """
 
-    def __init__(self, space: WidthSpace, visits_BGC: np.ndarray, *, smoothing: float) -> None:
+    def __init__(
+        self, space: WidthSpace, visits_BGC: np.ndarray, *, smoothing: float, levels: Levels | None = None
+    ) -> None:
         self.space = space
         self.smoothing = smoothing
-        self.levels = Levels(space)
+        self.levels = levels or Levels(space)
         self._visits_BGC = visits_BGC
         smoothed_BGC = visits_BGC + smoothing * self.levels.uniform()
         self._probability_BGC = smoothed_BGC / smoothed_BGC.sum(axis=2, keepdims=True)
@@ -208,7 +211,7 @@ class Prior:
                 weight_M = np.repeat(weight_N[near_N], num_groups)
                 counts_X = np.bincount(slots_NG[near_N].ravel(), weight_M, minlength=num_groups * top)
                 visits_BGC[number] += counts_X.reshape(num_groups, top)
-        return Prior(self.space, visits_BGC, smoothing=self.smoothing)
+        return Prior(self.space, visits_BGC, smoothing=self.smoothing, levels=self.levels)
 
     def _nearest_bin(self, macs_N: np.ndarray) -> np.ndarray:
         return np.abs(np.log(macs_N)[:, None] - _bin_log_macs(self.space, self.num_bins)).argmin(axis=1)

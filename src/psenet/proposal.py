@@ -188,9 +188,9 @@ def draw_levels(probability_GC: np.ndarray, num: int, rng: np.random.Generator) 
     """Draw levels from independent distributions over each group's choices, int64 of shape (num, G)."""
     cumulative_GC = np.cumsum(probability_GC, axis=1)[:, :-1]
     uniform_NG = rng.random((num, len(cumulative_GC)))
-    levels_NG = np.zeros(uniform_NG.shape, dtype=np.int64)
-    for cut_G in cumulative_GC.T:
-        levels_NG += uniform_NG > cut_G
+    levels_NG = np.empty(uniform_NG.shape, dtype=np.int64)
+    for number, cuts_C in enumerate(cumulative_GC):
+        levels_NG[:, number] = np.searchsorted(cuts_C, uniform_NG[:, number])
     # Rounding may leave the last cumulative sum below one.
     last_G = probability_GC.shape[1] - 1 - (probability_GC[:, ::-1] > 0).argmax(axis=1)
     return np.minimum(levels_NG, last_G)
@@ -211,19 +211,23 @@ def bend(levels: Levels, probability_GC: np.ndarray, limits: Limits) -> np.ndarr
         A distribution of the same shape whose mean widths cost as much as the limits allow, or nearly.
     """
     share_GC = levels.choices_GC / levels.choices_GC[:, -1:]
+    log_GC = np.where(probability_GC > 0, np.log(np.maximum(probability_GC, 1e-300)), -np.inf)
+
+    def bent(pressure_P: np.ndarray) -> np.ndarray:
+        logits_PGC = log_GC - pressure_P[:, None, None] * share_GC
+        weight_PGC = np.exp(logits_PGC - logits_PGC.max(axis=2, keepdims=True))
+        return weight_PGC / weight_PGC.sum(axis=2, keepdims=True)
+
     low, high = -24.0, 96.0
-    bent_GC = probability_GC
     for _ in range(3):
         pressure_P = np.linspace(low, high, 17)
-        logits_PGC = np.log(np.maximum(probability_GC, 1e-300)) - pressure_P[:, None, None] * share_GC
-        logits_PGC = np.where(probability_GC > 0, logits_PGC, -np.inf)
-        weight_PGC = np.exp(logits_PGC - logits_PGC.max(axis=2, keepdims=True))
-        weight_PGC /= weight_PGC.sum(axis=2, keepdims=True)
-        ok_P = _mean_fits(levels, weight_PGC, limits)
-        first = int(ok_P.argmax()) if ok_P.any() else len(ok_P) - 1
+        # The more pressure, the smaller the mean widths: every fourth says between which the first that fits is.
+        coarse_P = _mean_fits(levels, bent(pressure_P[3:-1:4]), limits)
+        start = 4 * (int(coarse_P.argmax()) if coarse_P.any() else len(coarse_P))
+        ok_P = _mean_fits(levels, bent(pressure_P[start : start + 4]), limits)
+        first = start + int(ok_P.argmax()) if ok_P.any() else len(pressure_P) - 1
         low, high = pressure_P[max(first - 1, 0)], pressure_P[first]
-        bent_GC = weight_PGC[first]
-    return bent_GC
+    return bent(np.array([high]))[0]
 
 
 def mean_costs(levels: Levels, probability_PGC: np.ndarray, limits: Limits) -> np.ndarray:

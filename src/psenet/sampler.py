@@ -51,7 +51,7 @@ class PriorEvolutionSampler(BaseSampler):
 
     Args:
         space: The width space.
-        limits: Reachable limits; no setting outside them is ever proposed.
+        limits: Reachable limits; no setting outside them is proposed, unless `propose` is given others.
         prior: What is known before the search; None for nothing.
         seed: Seed of all proposals.
         population_size: Parents are chosen among so many best trials.
@@ -109,22 +109,31 @@ class PriorEvolutionSampler(BaseSampler):
         """
         raise ValueError(f"parameter {param_name!r} is no channel group of the space, or its choices differ")
 
-    def propose(self, tried: Tried) -> Widths:
-        """Return a setting inside the limits that none of the trials has.
+    def propose(self, tried: Tried, limits: Limits | None = None) -> Widths:
+        """Return a setting inside limits that none of the trials has.
+
+        Prior and predictor learn from all trials; only those inside the limits are parents.
+
+        Args:
+            tried: What the trials say.
+            limits: Reachable limits; None for the sampler's own.
 
         Raises:
             SpaceExhausted: The trials have every setting inside the limits.
         """
-        known, parents_NG, scores_N = tried
+        known, tried_NG, scores_N = tried
         rng = np.random.default_rng([self.seed, len(known)])
         prior = self._prior
         if self.learn and len(scores_N) >= 4:
-            prior = prior.updated(self._prior.levels.widths(parents_NG), scores_N.tolist())
-        proposal = prior.proposal(self.limits)
-        predictor = self._updated_predictor(parents_NG, scores_N)
+            prior = prior.updated(self._prior.levels.widths(tried_NG), scores_N.tolist())
+        proposal = prior.proposal(limits or self.limits)
+        predictor = self._updated_predictor(tried_NG, scores_N)
+        inside_N = proposal.fits(tried_NG)
+        parents_NG, scores_N = tried_NG[inside_N], scores_N[inside_N]
+        num_known = int(proposal.fits(self._rows_of(known)).sum())
         for attempt in range(_TRIES):
             # A converged population breeds what is known; later attempts mutate more.
-            child_G = self._child(proposal, predictor, parents_NG, scores_N, len(known), attempt, rng)
+            child_G = self._child(proposal, predictor, parents_NG, scores_N, num_known, attempt, rng)
             if child_G.tobytes() not in known:
                 return self._widths(proposal, child_G)
         return self._widths(proposal, self._unseen(proposal, known, rng))
@@ -170,6 +179,10 @@ class PriorEvolutionSampler(BaseSampler):
             widths_1G = np.array([[trial.params[group.name] for group in self.space.groups]], dtype=np.int64)
             known = self._rows[trial.number] = (dict(trial.params), self._prior.levels.levels(widths_1G)[0])
         return known[1]
+
+    def _rows_of(self, settings: set[bytes]) -> np.ndarray:
+        levels_X = np.frombuffer(b"".join(settings), dtype=np.int64)
+        return levels_X.reshape(len(settings), len(self.space.groups))
 
     def _child(
         self,

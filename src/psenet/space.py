@@ -152,6 +152,8 @@ class WidthSpace:
         self._choices = tuple(frozenset(group.choices) for group in self.groups)
         self._num_choices = [len(group.choices) for group in self.groups]
         self._unit_G = np.array([group.unit for group in self.groups], dtype=np.int64)
+        self._full = Widths({group.name: group.size for group in self.groups})
+        self._smallest = Widths({group.name: group.choices[0] for group in self.groups})
 
     def __repr__(self) -> str:
         return f"WidthSpace({len(self.groups)} groups, {self.num_settings():.3g} settings, {len(self.frozen)} frozen)"
@@ -175,11 +177,11 @@ class WidthSpace:
 
     def full(self) -> Widths:
         """Return the widths of the original model."""
-        return Widths({group.name: group.size for group in self.groups})
+        return self._full
 
     def smallest(self) -> Widths:
         """Return every group at its smallest choice."""
-        return Widths({group.name: group.choices[0] for group in self.groups})
+        return self._smallest
 
     def uniform(self, keep_ratio: float) -> Widths:
         """Return every group at the choice nearest to `keep_ratio` (0 to 1) of its size, the wider one of two."""

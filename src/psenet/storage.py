@@ -1,28 +1,68 @@
 """Where a study is kept, and how what a killed search left unfinished is found and put back.
 
 A trial names the process that works at it. A trial that runs in a process that is gone is an orphan: it is marked as
-failed and its widths are queued again.
+failed and its widths are tried again by a new trial. Two processes never take over one and the same trial, which on
+SQLite both could: each adds a trial of its own, and the one with the lower number wins.
 """
 
 import json
 import os
 import re
 import socket
+import time
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from psenet.errors import InputError
+from psenet.space import WidthSpace
 
 if TYPE_CHECKING:
+    from optuna.samplers import BaseSampler
     from optuna.storages import BaseStorage
     from optuna.study import Study
     from optuna.trial import FrozenTrial
 
 WORKER = "psenet_worker"
 """Trial attribute: the process that works at it."""
-_RETRY_OF = "psenet_retry_of"
+_PUT_BACK = "psenet_put_back"
+RETRY_OF = "psenet_retry_of"
+"""Trial attribute: the number of the trial whose widths it tries again."""
+_DIGEST = "psenet_space"
+_OPENINGS = 4
+"""How often to try to open a database."""
 _PROCESS = uuid.uuid4().hex[:12]
+
+
+def open_study(
+    storage: str | os.PathLike[str] | None, study_name: str, sampler: "BaseSampler", space: WidthSpace
+) -> "Study":
+    """Open a study, or begin it if the storage does not have it.
+
+    Raises:
+        InputError: The storage cannot be opened, or the study belongs to another space.
+    """
+    import optuna
+
+    study = optuna.create_study(
+        storage=open_storage(storage),
+        sampler=sampler,
+        study_name=study_name,
+        direction="maximize",
+        load_if_exists=True,
+    )
+    # Read first: another search that begins the study at the same time names the space before it adds a trial.
+    is_new = not study.get_trials(deepcopy=False)
+    digest = study.user_attrs.get(_DIGEST)
+    if digest is None and is_new:
+        study.set_user_attr(_DIGEST, space.digest())
+    elif digest != space.digest():
+        raise InputError(
+            f"study {study_name!r} in {without_password(storage)} belongs to another width space "
+            f"({digest}, here {space.digest()}): use another storage or study_name, "
+            "or the model and choices it was made with"
+        )
+    return study
 
 
 def open_storage(storage: str | os.PathLike[str] | None) -> "BaseStorage | None":
@@ -32,14 +72,14 @@ def open_storage(storage: str | os.PathLike[str] | None) -> "BaseStorage | None"
         InputError: It cannot be opened.
     """
     import sqlalchemy.exc
-    from optuna.storages import JournalStorage, RDBStorage
+    from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
     if storage is None:
         return None
     try:
         if isinstance(storage, str) and "://" in storage:
-            return RDBStorage(storage)
+            return _open_database(storage)
         path = Path(storage)
         path.parent.mkdir(parents=True, exist_ok=True)
         _mend_journal(path)
@@ -49,6 +89,19 @@ def open_storage(storage: str | os.PathLike[str] | None) -> "BaseStorage | None"
             f"the storage {without_password(storage)!r} cannot be opened; "
             f"give a file path or a URL such as sqlite:///study.db: {error}"
         ) from error
+
+
+def _open_database(url: str) -> "BaseStorage":
+    """Open a database; of searches that make its tables at the same moment, all but one fail at first."""
+    from optuna.storages import RDBStorage
+    from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
+
+    for _ in range(_OPENINGS - 1):
+        try:
+            return RDBStorage(url)
+        except (IntegrityError, OperationalError, ProgrammingError):
+            time.sleep(0.3)
+    return RDBStorage(url)
 
 
 def _mend_journal(path: Path) -> None:
@@ -97,26 +150,37 @@ def put_back_orphans(study: "Study") -> None:
 
 
 def put_back(study: "Study", number: int) -> None:
-    """Mark a running trial as failed and queue its widths again; a kill in between is made good by the next call."""
-    from optuna.trial import TrialState, create_trial
+    """Mark a running trial as failed, its widths to be tried again; a kill in between is made good by the next call."""
+    from optuna.exceptions import UpdateFinishedTrialError
+    from optuna.trial import Trial, TrialState
 
-    trials = study.get_trials(deepcopy=False)
-    trial = next(trial for trial in trials if trial.number == number)
-    if number not in numbers_put_back(trials) and trial.params:
-        study.add_trial(
-            create_trial(
-                state=TrialState.WAITING,
-                params=trial.params,
-                distributions=trial.distributions,
-                user_attrs={WORKER: worker_name(), _RETRY_OF: number},
-            )
-        )
-    study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
+    trial = next(trial for trial in study.get_trials(deepcopy=False) if trial.number == number)
+    if trial.state.is_finished():
+        return
+    try:
+        Trial(study, trial._trial_id).set_user_attr(_PUT_BACK, True)
+        study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
+    except UpdateFinishedTrialError:
+        # Another search has put it back meanwhile.
+        return
 
 
-def numbers_put_back(trials: "list[FrozenTrial]") -> set[int]:
-    """Return the numbers of the trials whose widths were queued again."""
-    return {trial.user_attrs[_RETRY_OF] for trial in trials if _RETRY_OF in trial.user_attrs}
+def left_over(trials: "list[FrozenTrial]") -> "list[FrozenTrial]":
+    """Return the trials whose widths are to be tried: those put back, and those that somebody queued by hand."""
+    from optuna.trial import TrialState
+
+    retried = numbers_retried(trials)
+    return [
+        trial
+        for trial in trials
+        if trial.state == TrialState.WAITING
+        or (trial.state == TrialState.FAIL and _PUT_BACK in trial.user_attrs and trial.number not in retried)
+    ]
+
+
+def numbers_retried(trials: "list[FrozenTrial]") -> set[int]:
+    """Return the numbers of the trials whose widths another trial tries again."""
+    return {trial.user_attrs[RETRY_OF] for trial in trials if RETRY_OF in trial.user_attrs}
 
 
 def worker_name() -> str:

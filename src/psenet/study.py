@@ -1,0 +1,242 @@
+"""One search on an open study: propose, score, keep, until there are enough evaluations or none is left."""
+
+import math
+import statistics
+import uuid
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from psenet.budget import Limits
+from psenet.found import SearchProgress, SearchResult, best_of
+from psenet.scoring import Outcome, Scorer
+from psenet.space import WidthSpace
+from psenet.storage import RETRY_OF, WORKER, numbers_retried, put_back, worker_name
+from psenet.tally import BAD_SCORE, PREDICTED, StudyReader, Tally
+from psenet.widths import Widths
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial
+
+    from psenet.sampler import PriorEvolutionSampler, Tried
+
+_KEY = "psenet_key"
+"""Trial attribute: by which the trial just added is found."""
+_PATIENCE = 20
+"""So many candidates without a finite score, and none with one, mean that scoring is broken."""
+
+
+class StudyRun:
+    """One search on an open study.
+
+    Args:
+        space: The width space.
+        budgets: The limits to search inside of, at least one.
+        study: Where the trials are.
+        sampler: Proposes settings.
+        first: Settings to evaluate before all others.
+        num_evaluations: How many evaluations inside any of the budgets to have in the end.
+        progress: Called after every candidate.
+    """
+
+    def __init__(
+        self,
+        space: WidthSpace,
+        budgets: Sequence[Limits],
+        study: "Study",
+        sampler: "PriorEvolutionSampler",
+        *,
+        first: Sequence[Widths],
+        num_evaluations: int,
+        progress: Callable[[SearchProgress], None] | None,
+    ) -> None:
+        self._space = space
+        self._budgets = tuple(budgets)
+        self._study = study
+        self._reader = StudyReader(space, self._budgets, study)
+        self._sampler = sampler
+        self._first = tuple(first)
+        self._num_evaluations = num_evaluations
+        self._progress = progress
+        self._running: dict[int, FrozenTrial] = {}
+        self._exhausted: set[int] = set()
+        self._seconds: list[float] = []
+
+    def until_done(self, scorer: Scorer) -> list[SearchResult]:
+        """Evaluate candidates until there are enough, or none is left.
+
+        Returns:
+            One result for each budget.
+
+        Raises:
+            RuntimeError: Inside a budget no score was finite.
+        """
+        try:
+            while True:
+                tally = self._reader.read()
+                is_enough = self._is_enough(tally)
+                turns = self._turns(tally, is_enough=is_enough)
+                if scorer.num_free and (turns or (tally.left_over and not is_enough)):
+                    self._start(tally, turns, scorer)
+                elif self._running or (turns and not scorer.num_workers):
+                    for outcome in scorer.wait():
+                        self._finish(outcome, scorer)
+                else:
+                    return [self._result(tally, budget) for budget in range(len(self._budgets))]
+        except BaseException:
+            for number in self._running:
+                put_back(self._study, number)
+            raise
+
+    # Whose turn it is ---------------------------------------------------------------------------------------------
+
+    def _is_enough(self, tally: Tally) -> bool:
+        """Return whether no more candidates are needed than are being scored.
+
+        Candidates without a score count once there are as many of them as evaluations asked for.
+        """
+        is_scored = len(tally.done) + len(self._running) >= self._num_evaluations
+        return is_scored or len(tally.failed) >= 2 * self._num_evaluations
+
+    def _turns(self, tally: Tally, *, is_enough: bool) -> list[int]:
+        """Return the budgets that may propose: all, but in the end only those that have no evaluation yet."""
+        covered = frozenset[int]().union(*(entry.budgets for entry in tally.done))
+        lacking = [budget for budget in range(len(self._budgets)) if budget not in covered]
+        for budget in lacking:
+            num_failed = tally.num_failed(budget)
+            if num_failed >= min(_PATIENCE, self._num_evaluations):
+                where = f" inside {self._described(budget)}" if len(self._budgets) > 1 else ""
+                raise RuntimeError(
+                    f"all {num_failed} candidates{where} failed: the score was never finite; check score_fn"
+                )
+        allowed = range(len(self._budgets))
+        if is_enough:
+            # What is being scored may be inside them.
+            allowed = [] if self._running else lacking
+        return [budget for budget in allowed if budget not in self._exhausted]
+
+    def _in_turn(self, num_known: int) -> list[int]:
+        """Return all budgets, that whose turn it is first; the others change places, so that all share its turn."""
+        num = len(self._budgets)
+        first = num_known % num
+        others = [(first + step) % num for step in range(1, num)]
+        shift = (num_known // num) % max(1, len(others))
+        return [first, *others[shift:], *others[:shift]]
+
+    # One candidate ------------------------------------------------------------------------------------------------
+
+    def _start(self, tally: Tally, turns: list[int], scorer: Scorer) -> None:
+        """Begin to score a candidate: one that was put back, else a new one; none if another search is at it."""
+        from optuna.trial import TrialState
+
+        if tally.left_over:
+            trial = self._begin_again(tally.left_over[0])
+        else:
+            tried = self._sampler.read(tally.trials)
+            widths = self._next_first(tally.trials) or self._proposed(tried, turns)
+            if widths is None:
+                return
+            predicted = self._sampler.predict(tried, widths)
+            trial = self._begin(widths, {} if predicted is None else {PREDICTED: predicted})
+        widths = self._reader.widths(trial)
+        # A search of other budgets on this storage may have left what is outside these.
+        if not self._reader.budgets_of(widths) or self._is_taken(trial):
+            self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+            return
+        self._running[trial.number] = trial
+        scorer.start(trial.number, widths)
+
+    def _next_first(self, trials: "list[FrozenTrial]") -> Widths | None:
+        params = [trial.params for trial in trials] if self._first else []
+        return next((widths for widths in self._first if dict(widths) not in params), None)
+
+    def _begin(self, widths: Widths, attributes: dict[str, Any]) -> "FrozenTrial":
+        """Add a running trial, whole: one write, where suggesting each group would be one write a group."""
+        from optuna.trial import TrialState, create_trial
+
+        key = uuid.uuid4().hex
+        self._study.add_trial(
+            create_trial(
+                state=TrialState.RUNNING,
+                params=dict(widths),
+                distributions=self._sampler.distributions,
+                user_attrs={WORKER: worker_name(), _KEY: key, **attributes},
+            )
+        )
+        trials = reversed(self._study.get_trials(deepcopy=False))
+        return next(trial for trial in trials if trial.user_attrs.get(_KEY) == key)
+
+    def _begin_again(self, left: "FrozenTrial") -> "FrozenTrial":
+        """Begin a trial with the widths of one that was put back or queued by hand."""
+        from optuna.trial import TrialState
+
+        if left.state == TrialState.WAITING:
+            # Perhaps queued in part: the sampler fills in the rest.
+            number = self._study.ask(self._sampler.distributions).number
+            return next(trial for trial in self._study.get_trials(deepcopy=False) if trial.number == number)
+        predicted = {name: value for name, value in left.user_attrs.items() if name == PREDICTED}
+        return self._begin(self._reader.widths(left), {RETRY_OF: left.number, **predicted})
+
+    def _proposed(self, tried: "Tried", turns: list[int]) -> Widths | None:
+        from psenet.sampler import SpaceExhausted
+
+        for budget in self._in_turn(len(tried.settings)):
+            if budget in turns:
+                try:
+                    return self._sampler.propose(tried, self._budgets[budget])
+                except SpaceExhausted:
+                    self._exhausted.add(budget)
+        return None
+
+    def _is_taken(self, trial: "FrozenTrial") -> bool:
+        """Return whether an earlier trial has the same widths: of searches that propose the same, the first wins."""
+        trials = self._study.get_trials(deepcopy=False)
+        superseded = numbers_retried(trials)
+        params = trial.params
+        return any(
+            other.params == params for other in trials if other.number < trial.number and other.number not in superseded
+        )
+
+    def _finish(self, outcome: Outcome, scorer: Scorer) -> None:
+        """Keep a score; put the candidate back if its worker died."""
+        from optuna.trial import Trial, TrialState
+
+        trial = self._running[outcome.key]
+        if outcome.score is None:
+            put_back(self._study, trial.number)
+        elif math.isfinite(outcome.score):
+            self._study.tell(trial.number, outcome.score, skip_if_finished=True)
+        else:
+            Trial(self._study, trial._trial_id).set_user_attr(BAD_SCORE, str(outcome.score))
+            self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+        del self._running[outcome.key]
+        if outcome.score is not None:
+            self._seconds.append(outcome.seconds)
+            if self._progress is not None:
+                self._progress(self._told(outcome.key, scorer.num_workers))
+
+    def _told(self, number: int, num_workers: int) -> SearchProgress:
+        evaluated = self._reader.read().evaluated()
+        num_left = max(0, self._num_evaluations - len(evaluated))
+        return SearchProgress(
+            num_done=len(evaluated),
+            num_evaluations=self._num_evaluations,
+            last=self._reader.evaluation(number),
+            best=best_of(evaluated),
+            seconds_left=statistics.median(self._seconds) * num_left / max(1, num_workers),
+        )
+
+    # The end ------------------------------------------------------------------------------------------------------
+
+    def _result(self, tally: Tally, budget: int) -> SearchResult:
+        result = tally.result(budget, exhausted=budget in self._exhausted)
+        if result is None:
+            what = "the budget" if len(self._budgets) == 1 else self._described(budget)
+            raise RuntimeError(
+                f"all {tally.num_failed(budget)} candidates inside {what} failed: the score was never finite; "
+                "check score_fn"
+            )
+        return result
+
+    def _described(self, budget: int) -> str:
+        return f"the budget of {self._budgets[budget].describe(self._space)}"
