@@ -44,7 +44,7 @@ from colours import (
 )
 from psenet import Budget, PruneConfig, PruneResult, Widths
 from psenet.budget import Limits, uniform_widths
-from psenet.evolution import Evaluation, SearchResult
+from psenet.found import Evaluation, SearchResult
 from psenet.models import digits_resnet
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
@@ -351,14 +351,14 @@ def _found(widths: Widths) -> Callable[..., SearchResult]:
 def test_the_searched_net_is_kept_if_it_leads_by_more_than_a_standard_error(
     lead: float, kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_export: None
 ):
-    monkeypatch.setattr("psenet.pipeline.search", _found(NARROW_FIRST))
+    monkeypatch.setattr("psenet.stages.search.search", _found(NARROW_FIRST))
     compared: list[tuple[int, int]] = []
 
     def difference(net: Any, other: Any, _: object) -> tuple[float, float]:
         compared.append((net[0].weight.shape[0], other[0].weight.shape[0]))
         return lead, 1.0
 
-    monkeypatch.setattr("psenet.pipeline.paired_difference", difference)
+    monkeypatch.setattr("psenet.stages.finetune.paired_difference", difference)
     lines: list[str] = []
     result = prune_net(tmp_path / "run", say=lines.append)
     record = result.record
@@ -384,7 +384,7 @@ def test_one_net_is_fine_tuned_when_the_search_returns_the_uniform_widths(
 ):
     space = psenet.trace(make_net(), EXAMPLE, divisor=4)
     uniform = uniform_widths(space, Budget(macs="50%").resolve(space))
-    monkeypatch.setattr("psenet.pipeline.search", _found(uniform))
+    monkeypatch.setattr("psenet.stages.search.search", _found(uniform))
     lines: list[str] = []
     record = prune_net(tmp_path / "run", say=lines.append).record
     assert [line for line in lines if line.startswith("fine-tuning")] == ["fine-tuning the searched net"]
@@ -435,7 +435,7 @@ def test_a_trained_model_is_the_baseline_as_it_comes(
         trained.append(settings["description"])
         psenet.train_model(net, loader, **settings)
 
-    monkeypatch.setattr("psenet.pipeline.train_model", noting)
+    monkeypatch.setattr("psenet.stages.train.train_model", noting)
     record = prune_net(
         tmp_path / "run", model=_trained_net(), config=short_config(trained=True), say=lines.append
     ).record
@@ -455,7 +455,7 @@ def test_the_supernet_starts_from_the_model_with_its_channels_in_order(
         starts.append({name: tensor.clone() for name, tensor in supernet.model.state_dict().items()})
         return psenet.train_supernet(supernet, loader, **settings)
 
-    monkeypatch.setattr("psenet.pipeline.train_supernet", noting)
+    monkeypatch.setattr("psenet.stages.train.train_supernet", noting)
     model = _trained_net()
     prune_net(tmp_path / "run", model=model, config=short_config(trained=True))
     (start,) = starts

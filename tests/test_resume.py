@@ -81,17 +81,17 @@ _PLACES = {
     "start of the baseline": ("psenet.training.plain.mixed_loss", 2),
     "start of the supernet": ("psenet.training.steps.mixed_loss", 2),
     # One score is asked for each candidate.
-    "search": ("psenet.pipeline.soft_accuracy", 4),
-    "choice": ("psenet.pipeline.paired_difference", 1),
+    "search": ("psenet.stages.search.soft_accuracy", 4),
+    "choice": ("psenet.stages.finetune.paired_difference", 1),
     # Between a stage's work and its result.
-    "writing the baseline": ("psenet.pipeline._save_state", 1),
-    "writing the supernet": ("psenet.pipeline._save_state", 2),
-    "writing the searched net": ("psenet.pipeline._save_state", 3),
-    "writing the winner": ("psenet.pipeline.write_json", 1),
-    "latency": ("psenet.pipeline.measure_latency", 1),
-    "test": ("psenet.pipeline.net_record", 2),
+    "writing the baseline": ("psenet.rundir.write_bytes", 1),
+    "writing the supernet": ("psenet.rundir.write_bytes", 2),
+    "writing the searched net": ("psenet.rundir.write_bytes", 3),
+    "writing the winner": ("psenet.stages.search.write_json", 1),
+    "latency": ("psenet.stages.figures.measure_latency", 1),
+    "test": ("psenet.stages.figures.net_record", 2),
     "export": ("psenet.pipeline.export_model", 1),
-    "writing the result": ("psenet.pipeline.write_json", 2),
+    "writing the result": ("psenet.pipeline.write_json", 1),
 }
 
 
@@ -116,8 +116,8 @@ def test_a_run_that_was_interrupted_again_and_again_ends_as_if_it_had_not_been(
         ("psenet.training.plain.mixed_loss", 4),
         ("psenet.training.plain.mixed_loss", 3),
         ("psenet.training.steps.mixed_loss", 5),
-        ("psenet.pipeline.soft_accuracy", 2),
-        ("psenet.pipeline.soft_accuracy", 3),
+        ("psenet.stages.search.soft_accuracy", 2),
+        ("psenet.stages.search.soft_accuracy", 3),
         ("psenet.training.plain.mixed_loss", 5),
         ("psenet.training.plain.mixed_loss", 6),
         ("psenet.pipeline.export_model", 1),
@@ -161,10 +161,10 @@ def test_a_finished_run_is_shown_again_without_training(
     run, lines = tmp_path / "run", []
     first = prune_net(run)
     for name in ("train_model", "train_supernet", "order_channels"):
-        monkeypatch.setattr(f"psenet.pipeline.{name}", refuse)
+        monkeypatch.setattr(f"psenet.stages.train.{name}", refuse)
     monkeypatch.setattr("psenet.evaluate.SupernetScore.__call__", refuse)
-    monkeypatch.setattr("psenet.pipeline.accuracy", refuse)  # test data is used once
-    monkeypatch.setattr("psenet.pipeline.measure_latency", refuse)
+    monkeypatch.setattr("psenet.stages.figures.accuracy", refuse)  # test data is used once
+    monkeypatch.setattr("psenet.stages.figures.measure_latency", refuse)
     before = (run / "result.json").read_bytes()
     again = prune_net(run, resume=True, say=lines.append)
     assert (run / "result.json").read_bytes() == before and dict(again.record) == json.loads(before)

@@ -23,7 +23,6 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,7 +30,7 @@ from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from psenet.errors import InputError
-from psenet.files import write_atomically
+from psenet.files import write_bytes
 from psenet.slicing import Attributes, narrow_module
 from psenet.widths import Widths
 
@@ -215,15 +214,6 @@ def read_description(path: str | Path) -> Description:
     if header is None:
         raise InputError(f"{weights_path} does not say its widths, and there is no {WIDTHS_NAME} beside it")
     return _parse(header, weights_path)
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a whole file in one step."""
-
-    def write(file: BinaryIO) -> None:
-        file.write(content)
-
-    write_atomically(path, write)
 
 
 def _locate(path: Path) -> tuple[Path, Path | None]:

@@ -1,10 +1,11 @@
 """The settings of `prune`."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from psenet.budget import Limits
 from psenet.errors import InputError
+from psenet.runners import EAGER, Runner
 from psenet.space import WidthSpace
 from psenet.training.config import TrainConfig
 from psenet.training.loop import make_accelerator
@@ -41,17 +42,23 @@ class PruneConfig:
     """Patterns of layers that must not vary; see `psenet.trace`."""
     opaque: tuple[str, ...] = ()
     """Patterns of modules not to read at all; see `psenet.trace`."""
+    latency: Runner = EAGER
+    """What latency is measured by, for a budget on it and for the result: best what will run the net."""
     seed: int = 0
     """Of everything random."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as plain JSON values."""
-        plain = {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in vars(self).items()
-            if not isinstance(value, TrainConfig)
-        }
-        return plain | {name: value.as_dict() for name, value in vars(self).items() if isinstance(value, TrainConfig)}
+        plain: dict[str, Any] = {}
+        nested: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, TrainConfig):
+                nested[name] = value.as_dict()
+            elif isinstance(value, Runner):
+                nested[name] = asdict(value)
+            else:
+                plain[name] = list(value) if isinstance(value, tuple) else value
+        return plain | nested
 
     def check(self, space: WidthSpace, limits: Limits) -> None:
         """Refuse now what a stage would refuse hours later.
@@ -61,7 +68,8 @@ class PruneConfig:
             limits: The budget, worked out for it.
 
         Raises:
-            InputError: A number is too small, the strategy is unknown or has no focus, the device lacks the precision.
+            InputError: A number is too small, the strategy is unknown or has no focus, a device is missing or lacks the
+                precision.
         """
         least = {"seed": 0, "num_evaluations": 1}
         given = {name: getattr(self, name) for name in least}
@@ -75,5 +83,6 @@ class PruneConfig:
         make_strategy(
             self.strategy, space, num_subnets=self.num_subnets, seed=self.seed, focus=limits if self.focus else None
         )
+        self.latency.check()
         for training in (self.baseline, self.supernet, self.finetune):
             make_accelerator(training.mixed_precision)

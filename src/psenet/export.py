@@ -21,9 +21,10 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from psenet.artifact import Description, save_weights, write_bytes
+from psenet.artifact import Description, save_weights
 from psenet.errors import InputError
 from psenet.evaluate import eval_mode
+from psenet.files import write_bytes
 from psenet.inputs import as_arguments, tensors_in
 from psenet.widths import Widths
 

@@ -35,6 +35,15 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], N
     _sync_folder(target.parent)
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a whole file in one step."""
+
+    def write(file: BinaryIO) -> None:
+        file.write(content)
+
+    write_atomically(path, write)
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -16,7 +16,8 @@
     settings     everything else the run was asked for
     search       num_evaluations; best_score: mean probability of the true class on validation data, in percent;
                  history: how many subnets training visited; kept: which net the pruned one is, "searched", or "uniform"
-                 where validation data did not tell the searched one to be better
+                 where validation data did not tell the searched one to be better; with a budget on latency also
+                 latency: predicted_ms and measured_ms of the winner, keeps_budget, searched_within_ms, rounds
     export       bytes by file name, problems, onnx_max_relative_difference, onnx_opset, batch_is_dynamic
 """
 
@@ -86,7 +87,7 @@ def result_table(record: Mapping[str, Any]) -> "Table":
         ("FLOPs", [_short(2 * record[name]["macs"]) for name in names]),
         ("parameters", [_with_share(record[name]["params"], base["params"]) for name in names]),
         ("peak activations", [f"{record[name]['memory'] / 1024:,.0f} KiB" for name in names]),
-        ("latency, batch 1", [f"{record[name]['latency_ms']:.2f} ms" for name in names]),
+        (_latency_title(record), [f"{record[name]['latency_ms']:.2f} ms" for name in names]),
         ("  its quartiles", [_range(record[name]["latency_quartiles_ms"]) for name in names]),
         ("accuracy before fine-tuning", [_percent(record[name].get("accuracy_before_finetune")) for name in names]),
         (f"accuracy on {record['accuracy_on']}", [_percent(record[name]["accuracy"]) for name in names]),
@@ -94,6 +95,12 @@ def result_table(record: Mapping[str, Any]) -> "Table":
     for title, cells in rows:
         table.add_row(title, *cells)
     return table
+
+
+def _latency_title(record: Mapping[str, Any]) -> str:
+    runner = record.get("settings", {}).get("latency", {})
+    engine = runner.get("engine", "eager")
+    return f"latency, batch {runner.get('batch_size', 1)}" + f", {engine}" * (engine != "eager")
 
 
 def _range(quartiles_ms: Sequence[float]) -> str:

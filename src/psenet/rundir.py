@@ -13,10 +13,13 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from psenet.errors import InputError
-from psenet.files import write_atomically
+from psenet.files import write_atomically, write_bytes
+
+if TYPE_CHECKING:
+    from torch import nn
 
 STAGES = ("baseline", "supernet", "search", "finetune")
 
@@ -35,17 +38,10 @@ class RunDirectory:
 
     def __init__(self, path: Path, recipe: Mapping[str, Any], *, resume: bool = False) -> None:
         self.path = path
-        recipe = json.loads(json.dumps(recipe))
-        old = path / "recipe.json"
-        if path.exists() and not path.is_dir():
-            raise InputError(f"the output folder {path} is a file; give another path")
-        if old.exists():
-            self._check_same(recipe, resume)
-        elif path.exists() and any(path.iterdir()):
-            raise InputError(f"the output folder {path} holds files that are not of a psenet run; give an empty one")
-        else:
+        check_folder(path, recipe, resume=resume)
+        if not (path / "recipe.json").exists():
             try:
-                write_json(old, recipe)
+                write_json(path / "recipe.json", recipe)
             except OSError as error:
                 raise InputError(f"the output folder {path} cannot be written: {error}") from error
 
@@ -79,19 +75,54 @@ class RunDirectory:
         path = self.path / "stages.json"
         return read_json(path) if path.exists() else {}
 
-    def _check_same(self, recipe: Mapping[str, Any], resume: bool) -> None:
-        if not resume:
-            raise InputError(
-                f"the output folder {self.path} already holds a run; continue it with --resume or give another folder"
-            )
-        old = read_json(self.path / "recipe.json")
-        if not isinstance(old, dict):
-            raise InputError(f"{self.path / 'recipe.json'} is not the recipe of a psenet run; give another folder")
-        before, now = _by_path(old), _by_path(recipe)
-        keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-        if keys:
-            changes = "; ".join(f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in keys)
-            raise InputError(f"the run in {self.path} was started with other settings: {changes}; give another folder")
+    def save_weights(self, name: str, module: "nn.Module") -> None:
+        """Write a module's state as a stage's result."""
+        from safetensors.torch import save
+
+        # Tied tensors must not share memory in a safetensors file.
+        state = {key: tensor.contiguous().clone() for key, tensor in module.state_dict().items()}
+        write_bytes(self.file(f"stages/{name}.safetensors"), save(state))
+
+    def load_weights(self, name: str, module: "nn.Module") -> None:
+        """Read a state that `save_weights` wrote into a module.
+
+        Raises:
+            InputError: The file is missing, damaged or of another module.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = self.file(f"stages/{name}.safetensors")
+        try:
+            module.load_state_dict(load_file(path))
+        except (SafetensorError, RuntimeError, OSError) as error:
+            raise InputError(f"{path} is damaged; delete it and resume to make it again: {error}") from error
+
+
+def check_folder(path: Path, recipe: Mapping[str, Any], *, resume: bool) -> None:
+    """Make sure that a run can start in a folder or go on there; nothing is written.
+
+    Raises:
+        InputError: It holds another run or other files, or is a file.
+    """
+    if path.exists() and not path.is_dir():
+        raise InputError(f"the output folder {path} is a file; give another path")
+    if not (path / "recipe.json").exists():
+        if path.exists() and any(path.iterdir()):
+            raise InputError(f"the output folder {path} holds files that are not of a psenet run; give an empty one")
+        return
+    if not resume:
+        raise InputError(
+            f"the output folder {path} already holds a run; continue it with --resume or give another folder"
+        )
+    old = read_json(path / "recipe.json")
+    if not isinstance(old, dict):
+        raise InputError(f"{path / 'recipe.json'} is not the recipe of a psenet run; give another folder")
+    before, now = _by_path(old), _by_path(json.loads(json.dumps(recipe)))
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if keys:
+        changes = "; ".join(f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in keys)
+        raise InputError(f"the run in {path} was started with other settings: {changes}; give another folder")
 
 
 def _by_path(settings: Mapping[str, Any], parent: str = "") -> dict[str, Any]:

@@ -121,7 +121,7 @@ def test_resuming_a_finished_run_shows_the_table_again_without_training(run: _Ru
         raise AssertionError("nothing is left to train")
 
     for name in ("train_model", "train_supernet"):
-        monkeypatch.setattr(f"psenet.pipeline.{name}", refuse)
+        monkeypatch.setattr(f"psenet.stages.train.{name}", refuse)
     before = run.record
     ended = psenet(*run.arguments, "--resume")
     assert (ended.code, ended.err) == (0, "")

@@ -15,6 +15,11 @@ def prune(
     macs: Annotated[str | None, typer.Option(help="Budget of MACs: 50%, 300M.")] = None,
     params: Annotated[str | None, typer.Option(help="Budget of parameters: 50%, 2M.")] = None,
     memory: Annotated[str | None, typer.Option(help="Budget of peak activation memory: 50%, 4MB.")] = None,
+    latency_ms: Annotated[str | None, typer.Option(help="Budget of measured latency: 4, 4ms, 50%.")] = None,
+    latency_engine: Annotated[str, typer.Option(help="What runs it: eager, compile or onnxruntime.")] = "eager",
+    latency_device: Annotated[str, typer.Option(help="Where: cpu, cuda, cuda:1, ...")] = "cpu",
+    latency_threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's if not given.")] = None,
+    latency_batch: Annotated[int, typer.Option(min=1, help="Samples in one pass.")] = 1,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, or start it.")] = False,
     weights: Annotated[Path | None, typer.Option(help="Trained weights of the model (.safetensors).")] = None,
@@ -42,7 +47,8 @@ def prune(
     max_train_images: Annotated[int | None, typer.Option(min=1, help="Train on so many images only.")] = None,
     skip_unreadable: Annotated[bool, typer.Option("--skip-unreadable", help="Leave broken images out.")] = False,
     mixed_precision: Annotated[str, typer.Option(help="no, fp16 or bf16.")] = "no",
-    workers: Annotated[int, typer.Option(min=0, help="Processes that load data.")] = 0,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that score candidates.")] = 1,
+    data_workers: Annotated[int, typer.Option(min=0, help="Processes that load data.")] = 0,
 ) -> None:
     """Prune a model to a budget: train, search, fine-tune, export, compare.
 
@@ -57,10 +63,11 @@ def prune(
     from psenet.models import build_model
     from psenet.pipeline import prune as run_pipeline
     from psenet.result import result_table
+    from psenet.runners import Runner
     from psenet.training.config import TrainConfig
 
     console = Console(markup=False, emoji=False)  # brackets in paths are not styles
-    budget = Budget(macs=macs, params=params, memory=memory)
+    budget = Budget(macs=macs, params=params, memory=memory, latency_ms=latency_ms)
 
     def training(epochs: int, learning_rate: float, distill_weight: float = 0.0) -> TrainConfig:
         return TrainConfig(
@@ -86,6 +93,12 @@ def prune(
         min_ratio=min_ratio,
         exclude=tuple(exclude or ()),
         opaque=tuple(opaque or ()),
+        latency=Runner(
+            engine=latency_engine,
+            device=latency_device,
+            num_threads=latency_threads,
+            batch_size=latency_batch,
+        ),
         seed=seed,
     )
     console.print(f"loading {data}", highlight=False)
@@ -108,7 +121,7 @@ def prune(
             shuffle=True,
             seed=seed,
             drop_last=sizes["train"] % batch_size == 1,  # one image alone has no batch statistics
-            num_workers=workers,
+            num_workers=data_workers,
         ),
         make_loader(splits.validation, batch_size=256, shuffle=False),
         budget=budget,
@@ -119,6 +132,7 @@ def prune(
         out=out,
         config=config,
         resume=resume,
+        workers=workers,
         description={"model": model, "data": data},
         say=lambda line: console.print(line, highlight=False),
         show_progress=console.is_terminal,

@@ -1,0 +1,56 @@
+"""What a run will do and how long it will take, before any hour is spent."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from psenet.estimate import estimate_seconds, say_duration
+from psenet.inputs import num_samples
+from psenet.stages.run import Run
+from psenet.supernet import Supernet
+
+
+def announce(run: Run) -> None:
+    """Say what will be done and how long it will take."""
+    space, full = run.space, run.space.full()
+    least = space.macs(space.smallest()) / space.macs(full)
+    run.say(
+        f"{run.names['model']}: {space.macs(full) / 1e6:.1f}M MACs, {space.params(full) / 1e6:.2f}M parameters, "
+        f"{len(space.groups)} channel groups, reachable down to {least:.0%} of the MACs"
+    )
+    run.say(f"budget: {run.limits.describe(space)}")
+    seconds = estimate(run)
+    stages = ", ".join(f"{stage} {say_duration(time)}" for stage, time in seconds.items() if time > 0)
+    run.say(f"expected time: about {say_duration(sum(seconds.values()))} ({stages})")
+
+
+def estimate(run: Run) -> dict[str, float]:
+    """Return the seconds that each stage should take when it starts from nothing."""
+    config, epoch = run.config, len(run.loaders.train)
+    generator = run.loaders.train.generator
+    state = None if generator is None else generator.get_state()
+    batch = next(iter(run.loaders.train))
+    if generator is not None and state is not None:
+        generator.set_state(state)
+    supernet, full = Supernet(run.model, run.space), run.space.macs(run.space.full())
+    return estimate_seconds(
+        run.model,
+        supernet,
+        (batch[0], batch[1]),
+        steps={
+            "baseline": 0 if config.trained else config.baseline.epochs * epoch,
+            "supernet": config.supernet.epochs * epoch,
+            "finetune": 2 * config.finetune.epochs * epoch,
+        },
+        num_subnets=config.num_subnets,
+        strategy=config.strategy,
+        focus=run.focus,
+        num_calibration=_num_images(run.loaders.calibration),
+        num_validation=_num_images(run.loaders.validation),
+        num_evaluations=config.num_evaluations,
+        keep_ratio=(run.limits.macs or full) / full,
+        device=run.device,
+    )
+
+
+def _num_images(batches: Sequence[Any]) -> int:
+    return sum(num_samples(batch[0]) for batch in batches)

@@ -1,0 +1,76 @@
+"""What the stages of a run share: model, data, budget, settings, and the folder that keeps what is finished."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from psenet.budget import Budget, Limits
+from psenet.config import PruneConfig
+from psenet.devices import on_device
+from psenet.inputs import Inputs
+from psenet.rundir import RunDirectory
+from psenet.space import WidthSpace
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaders:
+    """The data of a run. The four sets must be disjoint."""
+
+    train: DataLoader
+    calibration: Sequence[Any]
+    """Batches for the batch-norm statistics of candidates."""
+    validation: Sequence[Any]
+    """Batches for scoring candidates."""
+    test: DataLoader | None
+    """For the final figures, once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run. Its model is its own copy, which the first stage trains."""
+
+    model: nn.Module
+    example: Inputs
+    """One sample, or a tuple of the model's arguments with one sample each."""
+    loaders: Loaders
+    budget: Budget
+    limits: Limits
+    """The budget, worked out for the space."""
+    space: WidthSpace
+    config: PruneConfig
+    folder: RunDirectory
+    names: dict[str, str]
+    """`model` and `data` as a person would name them."""
+    workers: int
+    """Processes that score candidates."""
+    say: Say
+    show_progress: bool
+    device: torch.device
+    """Where nets are trained and scored; between the stages they are on the CPU."""
+
+    @property
+    def focus(self) -> Limits | None:
+        """What supernet training focuses on."""
+        return self.limits if self.config.focus else None
+
+    def score(self, net: nn.Module, score_fn: Callable[[nn.Module, Any], float], batches: Any = None) -> float:
+        """Return a net's score on the validation data, or on other batches."""
+        with on_device(net, self.device):
+            return score_fn(net, self.loaders.validation if batches is None else batches)
+
+    def seed(self, stage: int) -> None:
+        """Start a stage from a random state that does not depend on what was before it."""
+        seed_stage(self.config, stage, self.loaders.train)
+
+
+def seed_stage(config: PruneConfig, stage: int, train: DataLoader) -> None:
+    """Set torch's random state, and that of the training data's order, for a stage of a run."""
+    torch.manual_seed(config.seed * 16 + stage)
+    if train.generator is not None:
+        train.generator.manual_seed(config.seed * 16 + stage)

@@ -1,0 +1,124 @@
+"""The search stage: the best candidate inside the budget, measured where the budget is on latency."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from psenet.budget import Limits, uniform_widths
+from psenet.devices import on_device
+from psenet.evaluate import SupernetScore, soft_accuracy
+from psenet.evolution import search
+from psenet.finalists import Measured, search_measured
+from psenet.found import Evaluation, SearchProgress, SearchResult
+from psenet.history import History
+from psenet.latency import measure_latency
+from psenet.predictor import Predictor
+from psenet.prior import Prior
+from psenet.progress import progress_bar
+from psenet.rundir import write_json
+from psenet.stages.run import Run
+from psenet.supernet import Supernet
+from psenet.widths import Widths
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """What the search found."""
+
+    found: SearchResult
+    best: Evaluation
+    limits: Limits
+    """What it searched within: the budget, or tighter limits where predicted latency promised too much."""
+    measured: Measured | None = None
+    """With a budget on latency."""
+
+
+def search_best(run: Run, *, supernet: Supernet, history: History, baseline: nn.Module) -> Search:
+    """Return the best candidate; a study that is there already goes on."""
+    run.say(f"searching, {run.config.num_evaluations} candidates")
+    run.seed(3)
+    with run.folder.stage("search"), on_device(supernet, run.device):
+        score = SupernetScore(supernet, run.loaders.calibration, run.loaders.validation, score_fn=soft_accuracy)
+        searcher = _Searcher(run, score, Prior.fit(history, run.space), Predictor.fit(history, run.space))
+        if run.limits.latency_ms is None:
+            found = searcher(run.limits)
+            chosen = Search(found=found, best=found.best, limits=run.limits)
+        else:
+            chosen = _search_measured(run, searcher, supernet, baseline)
+    best, found = chosen.best, chosen.found
+    write_json(run.folder.file("stages/search.json"), {"widths": dict(best.widths), "score": best.score})
+    run.say(
+        f"winner: score {best.score:.2f} at {best.macs / 1e6:.1f}M MACs, best of {len(found.evaluated)}; "
+        "the score is the mean probability of the true class on validation data, in percent"
+    )
+    if found.predicted_rank_correlation is not None:
+        run.say(
+            f"candidates were chosen by predicted score; predictions before scoring rank like the scores with rho "
+            f"{found.predicted_rank_correlation:.2f}"
+        )
+    return chosen
+
+
+@dataclass(frozen=True)
+class _Searcher:
+    """Searches the run's study inside limits."""
+
+    run: Run
+    score: SupernetScore
+    prior: Prior
+    predictor: Predictor
+
+    def __call__(self, limits: Limits) -> SearchResult:
+        run, total = self.run, self.run.config.num_evaluations
+        with progress_bar("search", total=total, show=run.show_progress) as advance:
+
+            def progress(state: SearchProgress) -> None:
+                advance(state.num_done, f"best {state.best.score:.2f}" if state.best else "")
+
+            return search(
+                run.space,
+                limits,
+                self.score,
+                prior=self.prior,
+                predictor=self.predictor,
+                first=[uniform_widths(run.space, limits)],
+                num_evaluations=total,
+                seed=run.config.seed,
+                storage=run.folder.file("stages/study.journal"),
+                progress=progress,
+                workers=run.workers,
+            )
+
+
+def _search_measured(run: Run, searcher: _Searcher, supernet: Supernet, baseline: nn.Module) -> Search:
+    """Search with a budget on latency: the winner keeps it when measured, or the run says by how much it fails."""
+
+    def measure_ms(widths: Sequence[Widths]) -> list[float]:
+        run.say(f"measuring the {len(widths)} best")
+        return measure_beside_full(run, widths, supernet=supernet, baseline=baseline)
+
+    measured = search_measured(run.space, run.limits, searcher, measure_ms)
+    goal_ms = run.limits.latency_ms
+    assert goal_ms is not None
+    verdict = "inside" if measured.keeps_budget else f"{measured.measured_ms / goal_ms - 1:.1%} above"
+    run.say(
+        f"latency of the winner: measured {measured.measured_ms:.3g} ms, {verdict} the budget of {goal_ms:.3g} ms; "
+        f"predicted {measured.predicted_ms:.3g} ms"
+    )
+    return Search(found=measured.found, best=measured.best, limits=measured.limits, measured=measured)
+
+
+def measure_beside_full(run: Run, widths: Sequence[Widths], *, supernet: Supernet, baseline: nn.Module) -> list[float]:
+    """Return the latency of subnets in milliseconds, on the scale of the space's latency model.
+
+    Each takes turns with the full model, and counts as a share of it: a machine that is slower now than when the
+    latency model was made would otherwise make every net break its budget.
+    """
+    place = run.config.latency.place
+    modules = {str(number): supernet.extract(setting).to(place) for number, setting in enumerate(widths)}
+    with on_device(baseline, place):
+        latency = measure_latency({"full": baseline, **modules}, run.example, runner=run.config.latency)
+    full_ms = run.space.latency_ms(run.space.full())
+    # Lower quartiles, as in the latency model: other programs only ever add time.
+    return [full_ms * latency[name].q1_ms / latency["full"].q1_ms for name in modules]

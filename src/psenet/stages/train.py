@@ -1,0 +1,59 @@
+"""The training stages: the full model, then the supernet that starts from it."""
+
+from torch import nn
+
+from psenet.evaluate import accuracy
+from psenet.history import History
+from psenet.importance import order_channels
+from psenet.stages.run import Run
+from psenet.supernet import Supernet
+from psenet.training.plain import train_model
+from psenet.training.supernet import train_supernet
+
+
+def trained_baseline(run: Run) -> nn.Module:
+    """Return the trained full model, its channels ordered by importance."""
+    if not run.folder.file("stages/baseline.safetensors").exists():
+        with run.folder.stage("baseline"):
+            run.seed(1)
+            if not run.config.trained:
+                run.say("training the baseline")
+                train_model(
+                    run.model,
+                    run.loaders.train,
+                    config=run.config.baseline,
+                    checkpoint=run.folder.checkpoint("baseline"),
+                    description="baseline",
+                    show_progress=run.show_progress,
+                )
+            run.folder.save_weights("baseline", order_channels(run.model, run.space))
+    run.folder.load_weights("baseline", run.model)
+    run.say(f"baseline: {run.score(run.model, accuracy):.2f} % on validation data")
+    return run.model.eval()
+
+
+def trained_supernet(run: Run, baseline: nn.Module) -> tuple[Supernet, History]:
+    """Return the trained supernet and what its training saw."""
+    path, history_path = run.folder.file("stages/supernet.safetensors"), run.folder.file("stages/history.npz")
+    supernet = Supernet(baseline, run.space, compiled=run.config.compiled)
+    if path.exists() and history_path.exists():
+        run.folder.load_weights("supernet", supernet.model)
+        return supernet, History.load(history_path, run.space)
+    run.say(f"training the supernet ({run.config.strategy})")
+    with run.folder.stage("supernet"):
+        run.seed(2)
+        history = train_supernet(
+            supernet,
+            run.loaders.train,
+            num_subnets=run.config.num_subnets,
+            strategy=run.config.strategy,
+            focus=run.focus,
+            config=run.config.supernet,
+            teacher=baseline if run.config.supernet.distill_weight else None,
+            seed=run.config.seed,
+            checkpoint=run.folder.checkpoint("supernet"),
+            show_progress=run.show_progress,
+        )
+        history.save(history_path)
+        run.folder.save_weights("supernet", supernet.model)
+    return supernet, history
