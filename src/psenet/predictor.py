@@ -64,12 +64,15 @@ class Predictor:
         Raises:
             InputError: There is not one score for each candidate.
         """
+        from sklearn import config_context
         from sklearn.linear_model import BayesianRidge
 
         widths_NG, scores_N = finite_scores(self.space, widths, scores)
         if len(scores_N) < LEAST_SCORES or np.ptp(scores_N) == 0:
             return replace(self, scores=None)
-        return replace(self, scores=BayesianRidge().fit(self._all_features(widths_NG), scores_N))
+        # The features are finite by construction, and a search fits once a candidate.
+        with config_context(assume_finite=True, skip_parameter_validation=True):
+            return replace(self, scores=BayesianRidge().fit(self._all_features(widths_NG), scores_N))
 
     def predict(self, widths: Sequence[Widths] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the expected scores of settings and their standard deviations, each float64 of shape (N,).
