@@ -1,3 +1,4 @@
+import copy
 import math
 from typing import Any
 
@@ -384,3 +385,43 @@ def test_batches_are_kept_on_the_device_asked_for():
     SupernetScore(Meta(), batches, batches, score_fn=score_fn, device="meta")(Widths({"features": 4}))
     SupernetScore(Meta().to("meta"), batches, batches, score_fn=score_fn)(Widths({"features": 4}))
     assert seen == [torch.device("meta")] * 4
+
+
+class _Subnets:
+    """A supernet of one net."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net
+
+    def subnet(self, widths: Widths, /) -> nn.Module:
+        return copy.deepcopy(self.net)
+
+
+class _Views(nn.Module):
+    """Reads a feature map as a vector by `view`, which channels-last images refuse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.head = nn.Linear(4 * 36, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.conv(x).view(len(x), -1))
+
+
+@pytest.mark.parametrize("reads_channels_last", [True, False])
+def test_images_are_scored_channels_last_where_the_subnets_can_read_them_so(reads_channels_last: bool):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 5))
+    net = net if reads_channels_last else _Views()
+    batches = [(torch.randn(8, 3, 8, 8), torch.randint(0, 5, (8,))) for _ in range(3)]
+    seen: list[bool] = []
+
+    def score(module: nn.Module, given: list[Any]) -> float:
+        seen.extend(batch[0].is_contiguous(memory_format=torch.channels_last) for batch in given)
+        return soft_accuracy(module, given)
+
+    found = SupernetScore(_Subnets(net), batches, batches, score_fn=score)(Widths({}))
+    recalibrate(net, batches)
+    assert found == pytest.approx(soft_accuracy(net, batches), rel=1e-5)
+    assert seen == [reads_channels_last] * 3

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from psenet.devices import device_of, to_device
 from psenet.errors import InputError
 from psenet.inputs import as_arguments
+from psenet.memory_format import ImageLayout
 from psenet.widths import Widths
 
 ForwardFn = Callable[[nn.Module, Any], Any]
@@ -205,6 +206,7 @@ class SupernetScore:
         self._score_fn = score_fn
         self._forward_fn = forward_fn
         place = torch.device(device) if device is not None else device_of(supernet)
+        self._is_laid_out = forward_fn is not None  # what another forward reads is not ours to arrange
         self._calibration = [to_device(batch, place) for batch in calibration]
         self._validation = [to_device(batch, place) for batch in validation]
         empty = [
@@ -221,11 +223,27 @@ class SupernetScore:
     def __call__(self, widths: Widths) -> float:
         """Return the score of a subnet, NaN if its outputs are not finite (default score)."""
         module = self._supernet.subnet(widths)
+        if not self._is_laid_out:
+            self._lay_out(module)
         recalibrate(module, self._calibration, forward_fn=self._forward_fn)
         if self._score_fn is None:
             return accuracy(module, self._validation, forward_fn=self._forward_fn)
         with eval_mode(module), torch.no_grad():
             return float(self._score_fn(module, self._validation))
+
+    def _lay_out(self, module: nn.Module) -> None:
+        """Put the images channels-last, once, if the subnets can read them so: less than 3/4 of the time on a CPU."""
+        layout = ImageLayout(module)
+        with eval_mode(module):
+            self._calibration = [_laid_out(batch, layout) for batch in self._calibration]
+            self._validation = [_laid_out(batch, layout) for batch in self._validation]
+        self._is_laid_out = True
+
+
+def _laid_out(batch: Any, layout: ImageLayout) -> Any:
+    if not isinstance(batch, tuple | list) or not isinstance(batch[0], torch.Tensor):
+        return batch
+    return (layout(batch[0]), *batch[1:])
 
 
 @contextmanager

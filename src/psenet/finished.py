@@ -17,6 +17,8 @@ from psenet.models import build_model
 from psenet.rundir import read_json
 
 _PROBED_CLASSES = 2
+_TRUSTED = ("timm", "torchvision", "psenet.models")
+"""Where a model may come from without the user's naming it: a recipe is a file, perhaps a stranger's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +35,12 @@ class FinishedRun:
     """The figures, as in `result.json`."""
 
 
-def load_run(path: str | Path) -> FinishedRun:
+def load_run(path: str | Path, *, factory: str | None = None) -> FinishedRun:
     """Open a run directory that `psenet prune` has finished.
+
+    Args:
+        path: The run directory.
+        factory: `my.module:factory`, as the run was started with. It is imported only if it is named here.
 
     Raises:
         InputError: There is no run, it is not finished, its files are damaged, or its model cannot be built here.
@@ -52,6 +58,11 @@ def load_run(path: str | Path) -> FinishedRun:
         raise InputError(
             f"the model of the run in {path} must have a name to be built by, such as timm:NAME or my.module:factory; "
             f"its recipe has {spec!r}"
+        )
+    if spec.partition(":")[0] not in _TRUSTED and spec != factory:
+        raise InputError(
+            f"the run in {path} is of {spec!r}, which its recipe alone is not trusted to import; name it, if you trust "
+            f"it: --factory {spec}"
         )
     if not (isinstance(shape, list) and shape and all(isinstance(size, int) for size in shape)):
         raise InputError(f"the run in {path} must be of a model with one input; its recipe has the shapes {shape!r}")

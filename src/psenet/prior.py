@@ -134,6 +134,11 @@ class Prior:
         counts = zip(self.space.groups, probability_GC, strict=True)
         return {group.name: row_C[: len(group.choices)] for group, row_C in counts}
 
+    def keep_ratios(self) -> np.ndarray:
+        """Return the share of its channels that each group keeps on average, at the cost of each bin, shape (B, G)."""
+        share_GC = self.levels.choices_GC / self.levels.choices_GC[:, -1:]
+        return (self._probability_BGC * share_GC).sum(axis=2)
+
     def log_prob(self, widths_NG: np.ndarray) -> np.ndarray:
         """Return the log-probability of settings at their own cost, float64 of shape (N,)."""
         levels_NG = self.levels.levels(widths_NG)

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -184,3 +185,21 @@ def test_a_keep_ratio_that_is_none_is_named(keep: str):
 @pytest.mark.parametrize(("option", "value"), [("--runs", "2"), ("--batch", "0"), ("--threads", "0")])
 def test_a_number_that_is_too_small_is_named(option: str, value: str):
     _refused(psenet("bench", MODEL, option, value), f"Invalid value for '{option}'")
+
+
+def test_a_factory_that_only_the_recipe_names_is_not_imported(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    copied = tmp_path / "run"
+    shutil.copytree(run, copied)
+    recipe = json.loads((copied / "recipe.json").read_text()) | {"model": "strange_nets:make"}
+    (copied / "recipe.json").write_text(json.dumps(recipe))
+    (tmp_path / "strange_nets.py").write_text(
+        "from pathlib import Path\nPath('imported').touch()\nfrom psenet.models import digits_resnet as make\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    ended = psenet("bench", copied, "--runs", "3")
+    assert ended.code == 2 and "not trusted to import" in ended.err and "--factory strange_nets:make" in ended.err
+    assert not (tmp_path / "imported").exists()
+    assert psenet("bench", copied, "--runs", "3", "--factory", "strange_nets:make").code == 0
+    assert (tmp_path / "imported").exists()

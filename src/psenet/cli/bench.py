@@ -27,6 +27,7 @@ def bench(
     image_size: Annotated[int | None, typer.Option(min=1, help="Of a model: height and width; 224.")] = None,
     num_classes: Annotated[int | None, typer.Option(min=1, help="Of a model; 1000.")] = None,
     channels: Annotated[int | None, typer.Option("--in-channels", "--channels", min=1, help="Of a model; 3.")] = None,
+    factory: Annotated[str | None, typer.Option(help="Of a run of my.module:factory: that name, to import it.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where to write; bench.json in the run directory of a run.")] = None,
 ) -> None:
     """Measure the latency of a model, or of a run's baseline and pruned net, side by side.
@@ -51,7 +52,7 @@ def bench(
         runner.check()
     if Path(target).is_dir():
         refuse_for_runs(keep=keep, image_size=image_size, num_classes=num_classes, in_channels=channels)
-        model, shape, nets = run_nets(target)
+        model, shape, nets = run_nets(target, factory)
         out = out or Path(target) / "bench.json"
     elif ":" in target:
         size = image_size or _IMAGE_SIZE
@@ -88,11 +89,11 @@ def refuse_for_runs(**options: str | int | None) -> None:
         raise InputError(f"{', '.join(useless)}: for models only, as a run has its own nets and images; leave it out")
 
 
-def run_nets(path: str) -> "tuple[str, tuple[int, ...], dict[str, nn.Module]]":
+def run_nets(path: str, factory: str | None) -> "tuple[str, tuple[int, ...], dict[str, nn.Module]]":
     """Return the model's name, the shape of one sample, and the baseline and the pruned net of a finished run."""
     from psenet.finished import load_run
 
-    run = load_run(path)
+    run = load_run(path, factory=factory)
     return run.model, run.input_shape, {"baseline": run.baseline, "pruned": run.pruned}
 
 

@@ -1,0 +1,43 @@
+"""The figure of a prior shows what the prior says."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import psenet
+from psenet import Prior, WidthSpace
+from psenet.charts import prior_chart
+
+
+@pytest.fixture(scope="module")
+def space() -> WidthSpace:
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Conv2d(32, 4, 1))
+    return psenet.trace(net, torch.zeros(1, 3, 8, 8), keep_ratios=(0.25, 0.5, 0.75, 1.0), divisor=4)
+
+
+def _prior(space: WidthSpace) -> Prior:
+    """A prior of five bins: the first group is wide everywhere, the second narrow."""
+    visits_BGC = np.zeros((5, 2, 4))
+    visits_BGC[:, 0, 3], visits_BGC[:, 1, 0] = 96.0, 96.0
+    return Prior(space, visits_BGC, smoothing=4.0)
+
+
+def test_a_cell_is_the_share_kept_less_the_mean_of_all_groups(space: WidthSpace):
+    (heat,) = prior_chart(_prior(space)).data
+    assert list(heat.y) == [group.name for group in space.groups] and len(heat.x) == 5
+    # 96 visits to one choice and one of smoothing to each of four: 0.97 * 1 + 0.01 * (0.25 + 0.5 + 0.75).
+    wide, narrow = 0.97 + 0.015, 0.97 * 0.25 + 0.01 * (0.5 + 0.75 + 1)
+    half = 100 * (wide - narrow) / 2
+    assert np.allclose(np.array(heat.z), [[half] * 5, [-half] * 5])
+
+
+def test_resting_on_a_cell_names_the_likeliest_widths(space: WidthSpace):
+    (heat,) = prior_chart(_prior(space)).data
+    assert "likeliest widths: 16 (97%)" in heat.customdata[0][2]
+    assert "likeliest widths: 8 (97%)" in heat.customdata[1][2]
+
+
+def test_a_prior_that_knows_nothing_is_even(space: WidthSpace):
+    (heat,) = prior_chart(Prior.uniform(space)).data
+    assert np.allclose(np.array(heat.z), 0)
