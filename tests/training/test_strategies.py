@@ -6,15 +6,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 from toys import make_net, make_space
 
 import psenet
 from psenet.budget import Budget
 from psenet.errors import InputError
+from psenet.history import History
 from psenet.space import WidthSpace
-from psenet.training import make_strategy, strategy
+from psenet.training import TrainConfig, make_strategy, strategy
 from psenet.training.steps import train_distilled, train_on_both_sides, train_together
-from psenet.training.strategies import _STRATEGIES
+from psenet.training.strategies import _STRATEGIES, SinglePathStrategy
 from psenet.widths import Widths
 
 _NUM_STEPS = 600
@@ -182,7 +184,7 @@ def test_each_strategy_has_its_passes(space: WidthSpace):
         assert make_strategy(name, space).train is train
 
 
-@pytest.mark.parametrize("name", ["parallel", "sandwich", "bilateral", "single-path"])
+@pytest.mark.parametrize("name", ["parallel", "steered", "sandwich", "bilateral", "single-path"])
 def test_the_seed_alone_decides_the_sequence(space: WidthSpace, name: str):
     def first(seed: int) -> list[list[Widths]]:
         chosen = make_strategy(name, space, seed=seed)
@@ -195,7 +197,7 @@ def test_the_seed_alone_decides_the_sequence(space: WidthSpace, name: str):
     assert first(4) != one
 
 
-@pytest.mark.parametrize("name", ["parallel", "sandwich", "bilateral", "single-path"])
+@pytest.mark.parametrize("name", ["parallel", "steered", "sandwich", "bilateral", "single-path"])
 def test_a_state_continues_the_sequence_through_a_file(space: WidthSpace, tmp_path: Any, name: str):
     original, restored = make_strategy(name, space, seed=3), make_strategy(name, space, seed=77)
     for _ in range(5):
@@ -206,7 +208,7 @@ def test_a_state_continues_the_sequence_through_a_file(space: WidthSpace, tmp_pa
     assert [restored.next_widths() for _ in range(5)] == ahead
 
 
-@pytest.mark.parametrize("name", ["parallel", "sandwich", "bilateral", "single-path"])
+@pytest.mark.parametrize("name", ["parallel", "steered", "sandwich", "bilateral", "single-path"])
 def test_a_state_does_not_move_with_its_strategy(space: WidthSpace, name: str):
     chosen = make_strategy(name, space, seed=3)
     state = chosen.state_dict()
@@ -259,6 +261,81 @@ def test_a_registered_strategy_is_built_by_its_name(space: WidthSpace, monkeypat
     chosen: Any = make_strategy("one at random", space, num_subnets=5, seed=2)
     assert chosen.given == (space, 5)
     assert chosen.next_widths() == [space.sample(np.random.default_rng(2))]
+
+
+# Steering -------------------------------------------------------------------------------------------------------------
+
+
+def _history_that_likes(space: WidthSpace, group: int, num: int = 4000) -> History:
+    """Visits whose loss falls with the width of one group, and with that of no other beyond what it costs."""
+    rng, history = np.random.default_rng(0), History(space)
+    for step in range(num // 8):
+        widths = [space.sample(rng) for _ in range(8)]
+        shares_N = space.to_array(widths)[:, group] / space.groups[group].size
+        history.append(step, widths, torch.from_numpy(2.0 - 0.5 * shares_N + 0.05 * rng.normal(size=8)))
+    return history
+
+
+def _mean_shares(space: WidthSpace, steps: list[list[Widths]]) -> np.ndarray:
+    sizes = np.array([group.size for group in space.groups])
+    return np.mean([space.to_array(step) / sizes for step in steps], axis=(0, 1))
+
+
+def test_every_second_subnet_of_a_steered_step_has_widths_that_did_well(wide_space: WidthSpace):
+    chosen: Any = make_strategy("steered", wide_space, seed=0)
+    chosen.learn(_history_that_likes(wide_space, group=2))
+    steps = [chosen.next_widths() for _ in range(200)]
+    own, steered = (_mean_shares(wide_space, [step[first::2] for step in steps]) for first in (0, 1))
+    others = np.array([0, 1, 3, 4, 5])
+    assert steered[2] > own[2] + 0.05 and (steered[others] < own[others] + 0.02).all()
+    for step in steps:
+        assert any(all(_lies_below(setting, ceiling) for setting in step) for ceiling in chosen.ceilings)
+
+
+def test_steered_subnets_cost_about_as_much_as_the_others(wide_space: WidthSpace):
+    chosen: Any = make_strategy("steered", wide_space, seed=0)
+    chosen.learn(_history_that_likes(wide_space, group=2))
+    steps = [chosen.next_widths()[2:] for _ in range(300)]
+    own, steered = (_shares(wide_space, [step[first::2] for step in steps]).mean() for first in (0, 1))
+    assert steered == pytest.approx(own, rel=0.1)
+
+
+def test_before_it_has_learned_a_steered_strategy_is_the_parallel_one(wide_space: WidthSpace):
+    chosen: Any = make_strategy("steered", wide_space, seed=4)
+    chosen.learn(_history_that_likes(wide_space, group=0, num=80))
+    plain = make_strategy("parallel", wide_space, seed=4)
+    assert [chosen.next_widths() for _ in range(20)] == [plain.next_widths() for _ in range(20)]
+
+
+def test_what_was_learned_is_part_of_the_state(wide_space: WidthSpace, tmp_path: Any):
+    chosen: Any = make_strategy("steered", wide_space, seed=4)
+    chosen.learn(_history_that_likes(wide_space, group=1))
+    torch.save(chosen.state_dict(), tmp_path / "state.pt")
+    restored = make_strategy("steered", wide_space, seed=5)
+    restored.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert [restored.next_widths() for _ in range(5)] == [chosen.next_widths() for _ in range(5)]
+
+
+def test_training_tells_a_learning_strategy_what_it_has_seen(space: WidthSpace):
+    told: list[int] = []
+
+    class Noting(SinglePathStrategy):
+        learns_every = 3
+
+        def learn(self, history: History) -> None:
+            told.append(len(history))
+
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(8 * 4, 2))
+    own = psenet.trace(net, torch.zeros(1, 3, 4, 4), divisor=2)
+    loader = DataLoader(TensorDataset(torch.randn(16, 3, 4, 4), torch.arange(16) % 2), batch_size=2)
+    psenet.train_supernet(
+        psenet.Supernet(net, own),
+        loader,
+        strategy=Noting(own, 1, np.random.default_rng(0)),
+        config=TrainConfig(epochs=1),
+        show_progress=False,
+    )
+    assert told == [3, 6]
 
 
 # Focus ----------------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def prune(
     optimizer: Annotated[str, typer.Option(help="sgd or adamw.")] = "sgd",
     weight_decay: Annotated[float, typer.Option()] = 5e-4,
     distill: Annotated[float, typer.Option(help="Fine-tuning: share of the baseline's soft targets, 0 to 1.")] = 0.0,
-    strategy: Annotated[str, typer.Option(help="parallel, sandwich, bilateral or single-path.")] = "parallel",
+    strategy: Annotated[str, typer.Option(help="parallel, steered, sandwich, bilateral or single-path.")] = "parallel",
     num_subnets: Annotated[int, typer.Option(min=1, help="Subnets per parallel step.")] = 8,
     focus: Annotated[bool, typer.Option("--focus", help="Train mostly subnets near the budget.")] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the supernet's passes; for GPUs.")] = False,

@@ -4,12 +4,14 @@ Register another with `@strategy("name")`; `make_strategy` builds it by name.
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from psenet.budget import Budget, Limits, resolve_limits
 from psenet.errors import InputError
+from psenet.history import History
+from psenet.prior import Prior
 from psenet.proposal import Levels, bend, draw_levels
 from psenet.space import WidthSpace
 from psenet.supernet import DEFAULT_STRATA
@@ -21,6 +23,10 @@ FULL_CEILING_SHARE = 0.4
 the wide subnets, which lower ceilings never reach, and cost the most."""
 FOCUSED_FULL_SHARE = 0.2
 """The same with a focus, where lower ceilings hold most of what is searched."""
+_LEAST_VISITS = 8
+"""Visits for each choice of all groups before a steered strategy learns from them."""
+_LEAST_MASS = 1e-6
+"""A group whose likely widths all lie above a ceiling is drawn uniformly below it."""
 
 
 class Strategy(Protocol):
@@ -39,6 +45,18 @@ class Strategy(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue the sequence from a `state_dict`."""
+        ...
+
+
+@runtime_checkable
+class LearningStrategy(Strategy, Protocol):
+    """A strategy that is steered by the losses seen so far."""
+
+    learns_every: int
+    """Steps after which it is told again."""
+
+    def learn(self, history: History) -> None:
+        """Take in what training has seen."""
         ...
 
 
@@ -72,9 +90,9 @@ def make_strategy(
     """Build a strategy.
 
     Args:
-        name: `"parallel"`, `"sandwich"`, `"bilateral"` or `"single-path"`.
+        name: `"parallel"`, `"steered"`, `"sandwich"`, `"bilateral"` or `"single-path"`.
         space: The width space to draw from.
-        num_subnets: Subnets per step of `parallel`; the others have their own number.
+        num_subnets: Subnets per step of `parallel` and `steered`; the others have their own number.
         seed: Of the sequence of subnets.
         focus: Of the parallel strategy: train mostly subnets that cost about as much as this allows.
 
@@ -135,23 +153,80 @@ class ParallelStrategy(_Seeded):
     def next_widths(self) -> list[Widths]:
         """Return n subnets below one ceiling."""
         number = int(self._rng.choice(len(self.ceilings), p=self.shares))
-        ceiling = self.ceilings[number]
-        if self._bent is None:
-            widths = [self._space.sample(self._rng, ceiling) for _ in range(self._num_subnets)]
-        else:
-            levels_nG = draw_levels(self._bent[number], self._num_subnets, self._rng)
-            widths = self._space.from_array(self._levels.widths(levels_nG))
-        if ceiling == self._space.full():
-            widths[0] = ceiling
+        widths = self._draw(number)
+        if self.ceilings[number] == self._space.full():
+            widths[0] = self.ceilings[number]
         elif self._bent is None and number == 0:
             widths[0] = self._space.smallest()
         return widths
 
+    def _draw(self, number: int) -> list[Widths]:
+        """Draw n subnets below a ceiling."""
+        if self._bent is None:
+            return [self._space.sample(self._rng, self.ceilings[number]) for _ in range(self._num_subnets)]
+        levels_nG = draw_levels(self._bent[number], self._num_subnets, self._rng)
+        return self._space.from_array(self._levels.widths(levels_nG))
+
     def _bend(self, ceiling: Widths, limits: Limits) -> np.ndarray:
         """Return probabilities of the choices, shape (G, C): uniform below the ceiling, bent towards the limits."""
+        return bend(self._levels, self._uniform_below(ceiling), limits)
+
+    def _uniform_below(self, ceiling: Widths) -> np.ndarray:
+        """Return equal probabilities of the choices that a ceiling allows, shape (G, C)."""
         top_G = self._levels.levels(self._space.to_array([ceiling]))[0]
-        below_GC = (np.arange(self._levels.top) <= top_G[:, None]) / (1 + top_G[:, None])
-        return bend(self._levels, below_GC, limits)
+        return (np.arange(self._levels.top) <= top_G[:, None]) / (1 + top_G[:, None])
+
+
+@strategy("steered")
+class SteeredStrategy(ParallelStrategy):
+    """The parallel strategy, half of whose subnets have widths that did well so far, at the cost of the other half.
+
+    What did well is what a prior says that is fitted to the history of this training (see `psenet.Prior`), again every
+    hundred steps. Before there are a few visits for each choice, all subnets are drawn uniformly.
+    """
+
+    learns_every = 100
+
+    def __init__(self, space: WidthSpace, num_subnets: int, rng: np.random.Generator) -> None:
+        super().__init__(space, num_subnets, rng)
+        self._usual_macs = [self._mean_macs(ceiling) for ceiling in self.ceilings]
+        self._steered_SGC: np.ndarray | None = None
+        """Probability of each choice of each group below each of S ceilings; None before there is enough to learn."""
+
+    def learn(self, history: History) -> None:
+        """Fit the prior again, once there are a few visits for each choice."""
+        if len(history) >= _LEAST_VISITS * self._levels.valid_GC.sum():
+            prior = Prior.fit(history, self._space)
+            self._steered_SGC = np.stack([self._steered(prior, number) for number in range(len(self.ceilings))])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the random state and what was learned."""
+        return {**super().state_dict(), "steered": None if self._steered_SGC is None else self._steered_SGC.tolist()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue the sequence from a `state_dict`."""
+        super().load_state_dict(state)
+        self._steered_SGC = None if state["steered"] is None else np.array(state["steered"])
+
+    def _draw(self, number: int) -> list[Widths]:
+        """Draw n subnets below a ceiling, every second one steered."""
+        widths = super()._draw(number)
+        if self._steered_SGC is not None:
+            levels_nG = draw_levels(self._steered_SGC[number], len(widths[1::2]), self._rng)
+            widths[1::2] = self._space.from_array(self._levels.widths(levels_nG))
+        return widths
+
+    def _mean_macs(self, ceiling: Widths, num: int = 256) -> int:
+        rng = np.random.default_rng(0)
+        return int(self._space.macs([self._space.sample(rng, ceiling) for _ in range(num)]).mean())
+
+    def _steered(self, prior: Prior, number: int) -> np.ndarray:
+        """Return the prior's probabilities at the cost that uniform subnets below a ceiling have, shape (G, C)."""
+        probability_GC = prior.proposal(Limits(macs=self._usual_macs[number])).probability
+        below_GC = self._uniform_below(self.ceilings[number])
+        steered_GC = np.where(below_GC > 0, probability_GC, 0.0)
+        mass_G1 = steered_GC.sum(axis=1, keepdims=True)
+        return np.where(mass_G1 > _LEAST_MASS, steered_GC / np.maximum(mass_G1, _LEAST_MASS), below_GC)
 
 
 @strategy("sandwich")

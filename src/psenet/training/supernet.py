@@ -15,7 +15,7 @@ from psenet.training.config import TrainConfig
 from psenet.training.loop import Batch, fit
 from psenet.training.losses import LossFn, cross_entropy
 from psenet.training.steps import Task, train_distilled
-from psenet.training.strategies import Strategy, make_strategy
+from psenet.training.strategies import LearningStrategy, Strategy, make_strategy
 
 
 def train_supernet(
@@ -39,7 +39,7 @@ def train_supernet(
         supernet: What to train.
         train_loader: Batches (x, labels).
         num_subnets: Subnets per step of the parallel strategy; fewer in a batch with less than two samples for each.
-        strategy: `"parallel"`, `"sandwich"`, `"bilateral"`, `"single-path"`, or a `Strategy`.
+        strategy: `"parallel"`, `"steered"`, `"sandwich"`, `"bilateral"`, `"single-path"`, or a `Strategy`.
         focus: Train mostly subnets that cost about as much as this allows; for the parallel strategy.
         config: The settings; None for the defaults of `TrainConfig`.
         teacher: For distillation with `config.distill_weight`; the sandwich strategy has its own (the full network).
@@ -75,6 +75,8 @@ def train_supernet(
 
     def step(module: nn.Module, batch: Batch, number: int, backward: Callable[[torch.Tensor], None]) -> torch.Tensor:
         x, labels = batch
+        if isinstance(chosen, LearningStrategy) and number and number % chosen.learns_every == 0:
+            chosen.learn(history)
         widths = chosen.next_widths()
         losses = chosen.train(module, x, labels, widths, task, backward)
         history.append(number, widths[: len(losses)], losses)
