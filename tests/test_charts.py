@@ -1,5 +1,7 @@
 """The figure of a prior shows what the prior says."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -23,8 +25,13 @@ def _prior(space: WidthSpace) -> Prior:
     return Prior(space, visits_BGC, smoothing=4.0)
 
 
+def _heat(prior: Prior) -> Any:
+    chart: Any = prior_chart(prior)
+    return chart.data[0]
+
+
 def test_a_cell_is_the_share_kept_less_the_mean_of_all_groups(space: WidthSpace):
-    (heat,) = prior_chart(_prior(space)).data
+    heat = _heat(_prior(space))
     assert list(heat.y) == [group.name for group in space.groups] and len(heat.x) == 5
     # 96 visits to one choice and one of smoothing to each of four: 0.97 * 1 + 0.01 * (0.25 + 0.5 + 0.75).
     wide, narrow = 0.97 + 0.015, 0.97 * 0.25 + 0.01 * (0.5 + 0.75 + 1)
@@ -33,11 +40,11 @@ def test_a_cell_is_the_share_kept_less_the_mean_of_all_groups(space: WidthSpace)
 
 
 def test_resting_on_a_cell_names_the_likeliest_widths(space: WidthSpace):
-    (heat,) = prior_chart(_prior(space)).data
+    heat = _heat(_prior(space))
     assert "likeliest widths: 16 (97%)" in heat.customdata[0][2]
     assert "likeliest widths: 8 (97%)" in heat.customdata[1][2]
 
 
 def test_a_prior_that_knows_nothing_is_even(space: WidthSpace):
-    (heat,) = prior_chart(Prior.uniform(space)).data
+    heat = _heat(Prior.uniform(space))
     assert np.allclose(np.array(heat.z), 0)
