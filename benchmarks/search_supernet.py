@@ -10,7 +10,8 @@ A score is what `psenet prune` takes, the mean probability of the true class on 
 weights; each widths' score is computed once and shared by all searches. Time beside scoring is processor-bound and
 measured in the same process: proposals, prior, predictor and study.
 
-Trained weights stay in runs/search_supernet/CASE, so that a second call searches at once.
+Trained weights stay in runs/search_supernet/CASE, so that a second call searches at once; prior.html there shows what the
+prior learned (docs/prior.png).
 """
 
 import argparse
@@ -29,6 +30,7 @@ from torch import nn
 import psenet
 from evidence import write_result
 from psenet.budget import Limits, uniform_widths
+from psenet.charts import prior_chart
 from psenet.data import DataSplits, load_data, make_loader
 from psenet.evaluate import SupernetScore, soft_accuracy
 from psenet.evolution import SearchResult
@@ -100,6 +102,9 @@ def main() -> None:
         },
     }
     print(json.dumps(figures, indent=2))
+    chart = RUNS / arguments.case / "prior.html"
+    prior_chart(Prior.fit(trained.history, trained.space), history=trained.history).write_html(chart)
+    print(f"prior: {chart}")
     print(f"figures: {write_result(f'search_supernet_{arguments.case}', figures)}")
 
 

@@ -1,6 +1,6 @@
 """Time and memory of one training step: plain training of the original model, and each strategy. Interleaved.
 
-    python benchmarks/step_time.py                        about 15 minutes on two cores
+    python benchmarks/step_time.py                        about 12 minutes on two cores
     python benchmarks/step_time.py --device cuda --compiled
 
 A step is forward and backward of one batch, without the optimizer and without loading data. Every round times every
@@ -54,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=90, help="time for the rounds of one model")
+    parser.add_argument("--seconds", type=float, default=60, help="time for the rounds of one model")
     parser.add_argument("--subnets", type=int, default=8)
     parser.add_argument("--compiled", action="store_true", help="time compiled steps, too: minutes more for each model")
     parser.add_argument("--cases", type=int, nargs="+", default=list(range(len(CASES))), help="numbers of the models")

@@ -10,6 +10,7 @@ from torch import nn
 import psenet
 from psenet import Prior, WidthSpace
 from psenet.charts import prior_chart
+from psenet.history import History
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +26,8 @@ def _prior(space: WidthSpace) -> Prior:
     return Prior(space, visits_BGC, smoothing=4.0)
 
 
-def _heat(prior: Prior) -> Any:
-    chart: Any = prior_chart(prior)
+def _heat(prior: Prior, history: History | None = None) -> Any:
+    chart: Any = prior_chart(prior, history=history)
     return chart.data[0]
 
 
@@ -48,3 +49,18 @@ def test_resting_on_a_cell_names_the_likeliest_widths(space: WidthSpace):
 def test_a_prior_that_knows_nothing_is_even(space: WidthSpace):
     heat = _heat(Prior.uniform(space))
     assert np.allclose(np.array(heat.z), 0)
+
+
+def test_against_a_history_only_what_its_losses_taught_is_shown(space: WidthSpace):
+    """Losses that say nothing leave nothing; a loss that falls with one group's width lifts that group alone."""
+    rng = np.random.default_rng(0)
+    flat, taught = History(space), History(space)
+    for step in range(1000):
+        widths = [space.sample(rng) for _ in range(4)]
+        shares_N = space.to_array(widths)[:, 1] / 32
+        noise_N = torch.from_numpy(0.01 * rng.normal(size=4))
+        flat.append(step, widths, noise_N)
+        taught.append(step, widths, noise_N - torch.from_numpy(shares_N))
+    even, lifted = (np.array(_heat(Prior.fit(one, space), one).z) for one in (flat, taught))
+    assert np.abs(even).max() < 3
+    assert lifted[1].max() > 5 and lifted[1].mean() > lifted[0].mean() + 3

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from psenet.history import History
 from psenet.prior import Prior
 
 if TYPE_CHECKING:
@@ -16,11 +17,20 @@ _SHOWN_CHOICES = 3
 """Choices of a group that are named when the pointer rests on a cell."""
 
 
-def prior_chart(prior: Prior) -> "Figure":
+def prior_chart(prior: Prior, *, history: History | None = None) -> "Figure":
     """Return a heat map of what a prior has learned: which groups stay wide, and which become narrow, at which cost.
 
-    A cell's colour is the share of its channels that the group keeps there, less the mean share of all groups at that
-    cost; resting on it shows the likeliest widths. Groups stand in the order in which data meets them.
+    A cell's colour is the share of its channels that the group keeps there, less what it kept in the subnets of that
+    cost that training visited: what losses taught. Without a history it is less the mean share of all groups, which
+    also shows what every subnet of that cost has in common. Resting on a cell shows the likeliest widths. Groups stand
+    in the order in which data meets them.
+
+    Args:
+        prior: What to show.
+        history: What it was fitted to.
+
+    Raises:
+        InputError: The history is of another space.
 
     Example:
         >>> import psenet, torch
@@ -35,7 +45,12 @@ def prior_chart(prior: Prior) -> "Figure":
 
     space = prior.space
     ratio_BG = prior.keep_ratios()
-    wider_BG = 100 * (ratio_BG - ratio_BG.mean(axis=1, keepdims=True))
+    if history is None:
+        usual_BG, versus = ratio_BG.mean(axis=1, keepdims=True), "than the mean group"
+    else:
+        visits = Prior.of_visits(history, space, num_bins=prior.num_bins, smoothing=prior.smoothing)
+        usual_BG, versus = visits.keep_ratios(), "than in subnets visited"
+    wider_BG = 100 * (ratio_BG - usual_BG)
     shares = [f"{share:.1%}" for share in prior.bin_macs / space.macs(space.full())]
     reach = max(float(np.abs(wider_BG).max()), 1.0)
     names = [group.name for group in space.groups]
@@ -50,7 +65,7 @@ def prior_chart(prior: Prior) -> "Figure":
             zmid=0,
             zmin=-reach,
             zmax=reach,
-            colorbar={"title": {"text": "keeps more (+) or less (-)<br>than the mean group, points"}},
+            colorbar={"title": {"text": f"keeps more (+) or less (-)<br>{versus}, points"}},
         )
     )
     figure.update_layout(

@@ -104,6 +104,19 @@ class Prior:
         # A weight of one is an average visit: smoothing is then comparable to a number of visits.
         return prior._with_visits(widths_NG, goodness_N * freshness_N / goodness_N.mean())
 
+    @classmethod
+    def of_visits(
+        cls, history: History, space: WidthSpace, *, num_bins: int = 12, smoothing: float = 4.0, half_life: float = 0.5
+    ) -> "Prior":
+        """Return where training went, whatever its losses: what `fit` is compared with to see what losses taught it.
+
+        Args and errors are those of `fit`.
+        """
+        _check_positive(num_bins=num_bins, smoothing=smoothing, half_life=half_life)
+        widths_NG, _, freshness_N = loss_residuals(history, space, half_life=half_life)
+        prior = cls.uniform(space, num_bins=num_bins, smoothing=smoothing)
+        return prior._with_visits(widths_NG, freshness_N) if len(widths_NG) else prior
+
     def updated(
         self, widths: Sequence[Widths] | np.ndarray, scores: Sequence[float], *, weight: float = 2.0
     ) -> "Prior":

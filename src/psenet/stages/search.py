@@ -7,6 +7,7 @@ from torch import nn
 
 from psenet.budget import Limits, uniform_widths
 from psenet.devices import on_device
+from psenet.estimate import say_duration
 from psenet.evaluate import SupernetScore, soft_accuracy
 from psenet.evolution import search
 from psenet.finalists import Measured, search_measured
@@ -20,6 +21,8 @@ from psenet.rundir import write_json
 from psenet.stages.run import Run
 from psenet.supernet import Supernet
 from psenet.widths import Widths
+
+_LONG_SECONDS = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +78,8 @@ class _Searcher:
 
             def progress(state: SearchProgress) -> None:
                 advance(state.num_done, f"best {state.best.score:.2f}" if state.best else "")
+                if not run.show_progress:
+                    _say_at_quarters(run, state)
 
             return search(
                 run.space,
@@ -89,6 +94,17 @@ class _Searcher:
                 progress=progress,
                 workers=run.workers,
             )
+
+
+def _say_at_quarters(run: Run, state: SearchProgress) -> None:
+    """Tell a log how far a long search is."""
+    quarter = max(1, state.num_evaluations // 4)
+    is_long = (state.seconds_left or 0) > _LONG_SECONDS
+    if is_long and state.best is not None and state.num_done % quarter == 0:
+        run.say(
+            f"{state.num_done} of {state.num_evaluations} candidates, best score {state.best.score:.2f}, "
+            f"about {say_duration(state.seconds_left or 0)} left"
+        )
 
 
 def _search_measured(run: Run, searcher: _Searcher, supernet: Supernet, baseline: nn.Module) -> Search:
