@@ -297,7 +297,7 @@ class Race:
         model = Net(self.widths)
         if self.from_scratch:
             return model.state_dict()
-        train_model(model, self._loader(seed), config=replace(CONFIG, epochs=TRUE_EPOCHS), show_progress=False)
+        train_model(model, self.loader(seed), config=replace(CONFIG, epochs=TRUE_EPOCHS), show_progress=False)
         return order_channels(model, self.space).state_dict()
 
     def run(self, strategy: str, length: float, seed: int, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -309,14 +309,15 @@ class Race:
         supernet = psenet.Supernet(model, self.space)
         config = replace(CONFIG, epochs=max(1, round(length * self.epochs)), learning_rate=LEARNING_RATE)
         start = time.perf_counter()
-        train_supernet(supernet, self._loader(seed), strategy=strategy, config=config, seed=seed, show_progress=False)
+        train_supernet(supernet, self.loader(seed), strategy=strategy, config=config, seed=seed, show_progress=False)
         seconds = time.perf_counter() - start
         sides = (False, True) if strategy == "bilateral" else (False,)
         scores = np.mean([_scores(supernet, self.truth.widths, self.data, from_right=side) for side in sides], axis=0)
         point = {"strategy": strategy, "epochs": config.epochs, "seed": seed, "seconds": round(seconds, 1)}
         return point | {"mean_accuracy": round(float(scores.mean()), 2), **agreement(scores, self.truth)}
 
-    def _loader(self, seed: int) -> torch.utils.data.DataLoader:
+    def loader(self, seed: int) -> torch.utils.data.DataLoader:
+        """Return the training batches in the order of a seed."""
         return make_loader(self.data.train, batch_size=BATCH_SIZE, shuffle=True, seed=seed)
 
 

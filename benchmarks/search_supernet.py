@@ -10,8 +10,8 @@ A score is what `psenet prune` takes, the mean probability of the true class on 
 weights; each widths' score is computed once and shared by all searches. Time beside scoring is processor-bound and
 measured in the same process: proposals, prior, predictor and study.
 
-Trained weights stay in runs/search_supernet/CASE, so that a second call searches at once; prior.html there shows what the
-prior learned (docs/prior.png).
+Trained weights stay in runs/search_supernet/CASE, so that a second call searches at once; prior.html there shows what
+the prior learned (docs/prior.png).
 """
 
 import argparse
