@@ -4,9 +4,9 @@
 
 The gradient of a step estimates that of the mean loss over all subnets and images. Its variance has two parts. That of
 the images falls with the batch size. That of the subnets does not if the whole batch goes through one subnet
-(single-path), and falls with n if n of them share the batch (parallel). Before supernet training and after it, with the
-net and data of benchmarks/ranking.py, gradients of subnets x batches are taken, and the two parts estimated by a two-way
-analysis of variance, summed over all parameters.
+(single-path), and falls with n if n of them share the batch (parallel). Before supernet training and after it, with
+the net and data of benchmarks/ranking.py, gradients of subnets x batches are taken, and the two parts estimated by a
+two-way analysis of variance, summed over all parameters.
 """
 
 import argparse

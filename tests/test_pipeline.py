@@ -435,7 +435,8 @@ def test_a_trained_model_is_the_baseline_as_it_comes(
         trained.append(settings["description"])
         psenet.train_model(net, loader, **settings)
 
-    monkeypatch.setattr("psenet.stages.train.train_model", noting)
+    for stage in ("train", "finetune"):
+        monkeypatch.setattr(f"psenet.stages.{stage}.train_model", noting)
     record = prune_net(
         tmp_path / "run", model=_trained_net(), config=short_config(trained=True), say=lines.append
     ).record

@@ -137,6 +137,7 @@ sys.path.insert(0, {tests!r})
 from pathlib import Path
 from test_workers import *
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may be told to ignore it
     space = make_space(5)
     budgets = [Budget(macs="30%"), Budget(macs="50%")]
     score = Noted(space, Path({folder!r}), {seconds})

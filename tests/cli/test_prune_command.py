@@ -182,6 +182,8 @@ def test_every_option_reaches_the_run(asked: _Asked, tmp_path: Path):
         **{"--optimizer": "adamw", "--weight-decay": 0.01, "--distill": 0.5, "--strategy": "sandwich"},
         **{"--num-subnets": 6, "--divisor": 4, "--min-ratio": 0.5, "--max-train-images": 99},
         **{"--mixed-precision": "bf16", "--exclude": "conv1", "--opaque": "stages.1.*"},
+        **{"--latency-ms": "90%", "--latency-engine": "onnxruntime", "--latency-threads": 3, "--latency-batch": 4},
+        **{"--workers": 2},
     }
     given = [*(str(part) for pair in options.items() for part in pair), "--compile", "--focus", "--resume"]
     out = tmp_path / "run"
@@ -189,14 +191,15 @@ def test_every_option_reaches_the_run(asked: _Asked, tmp_path: Path):
     assert (ended.code, ended.err) == (0, "")
     assert asked.named is not None
     config: PruneConfig = asked.named["config"]
-    assert asked.named["budget"] == Budget(macs="60%", params="100k", memory="90%")
-    assert (asked.named["out"], asked.named["resume"]) == (out, True)
+    assert asked.named["budget"] == Budget(macs="60%", params="100k", memory="90%", latency_ms="90%")
+    assert (asked.named["out"], asked.named["resume"], asked.named["workers"]) == (out, True, 2)
     assert asked.named["description"] == {"model": MODEL, "data": "digits"}
     settings = config.as_dict()
     trainings = [settings.pop(name) for name in ("baseline", "supernet", "finetune")]
     assert settings == {
         **{"trained": False, "strategy": "sandwich", "num_subnets": 6, "num_evaluations": 7, "compiled": True},
         **{"focus": True, "divisor": 4, "min_ratio": 0.5, "seed": 5, "exclude": ["conv1"], "opaque": ["stages.1.*"]},
+        "latency": {"engine": "onnxruntime", "device": "cpu", "num_threads": 3, "batch_size": 4},
     }
     assert [(training["epochs"], training["learning_rate"]) for training in trainings] == [(2, 0.3), (3, 0.2), (4, 0.1)]
     assert [training["distill_weight"] for training in trainings] == [0, 0, 0.5]
