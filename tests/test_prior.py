@@ -12,6 +12,7 @@ from psenet.errors import InputError
 from psenet.history import History
 from psenet.prior import Prior
 from psenet.space import ChannelGroup, SpaceCosts, WidthSpace
+from psenet.widths import Widths
 
 
 def make_space(choices: list[tuple[int, ...]]) -> WidthSpace:
@@ -307,3 +308,30 @@ def test_a_file_that_is_no_prior_is_refused(small: WidthSpace, tmp_path: Path):
 def test_settings_of_the_prior_must_be_positive(small: WidthSpace):
     with pytest.raises(InputError, match="smoothing must be positive; got 0.*half_life must be positive; got -1"):
         Prior.fit(History(small), small, smoothing=0.0, half_life=-1.0)
+
+
+def test_candidates_of_equal_score_change_nothing_however_often_a_choice_was_tried():
+    space = make_space([(2, 4, 6, 8), (1, 2, 4), (2, 4, 6, 8)])
+    prior = Prior.uniform(space)
+    often = [widths for widths in _draws(space, 200) if widths[space.groups[0].name] == space.groups[0].choices[-1]]
+    candidates = [*often, *_draws(space, 10)]
+    learned = prior.updated(candidates, [1.0] * len(candidates))
+    for macs in prior.bin_macs:
+        for name, probability_C in prior.marginals(macs).items():
+            assert np.allclose(learned.marginals(macs)[name], probability_C)
+
+
+def test_what_candidates_taught_is_saved_too(tmp_path: Path):
+    space = make_space([(2, 4, 6, 8), (1, 2, 4), (2, 4, 6, 8)])
+    candidates = _draws(space, 60)
+    scores = [float(widths[space.groups[1].name]) for widths in candidates]
+    learned = Prior.uniform(space).updated(candidates, scores)
+    learned.save(tmp_path / "prior.npz")
+    loaded, rows_NG = Prior.load(tmp_path / "prior.npz", space), space.to_array(candidates)
+    assert np.array_equal(loaded.log_prob(rows_NG), learned.log_prob(rows_NG))
+    assert not np.array_equal(loaded.log_prob(rows_NG), Prior.uniform(space).log_prob(rows_NG))
+
+
+def _draws(space: WidthSpace, num: int) -> list[Widths]:
+    rng = np.random.default_rng(3)
+    return [space.sample(rng) for _ in range(num)]

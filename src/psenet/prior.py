@@ -36,17 +36,26 @@ class Prior:
         space: The width space.
         visits_BGC: Weighted visits of each choice of each group in each bin, shape (B, G, C).
         smoothing: Visits added to every group of every bin, shared equally by its choices.
+        factor_BGC: What scored candidates say of each choice: how much likelier it is than its visits make it, above 0
+            and of the same shape; None for nothing.
         levels: The levels of the space, where they are there already.
     """
 
     def __init__(
-        self, space: WidthSpace, visits_BGC: np.ndarray, *, smoothing: float, levels: Levels | None = None
+        self,
+        space: WidthSpace,
+        visits_BGC: np.ndarray,
+        *,
+        smoothing: float,
+        factor_BGC: np.ndarray | None = None,
+        levels: Levels | None = None,
     ) -> None:
         self.space = space
         self.smoothing = smoothing
         self.levels = levels or Levels(space)
         self._visits_BGC = visits_BGC
-        smoothed_BGC = visits_BGC + smoothing * self.levels.uniform()
+        self._factor_BGC = np.ones_like(visits_BGC) if factor_BGC is None else factor_BGC
+        smoothed_BGC = (visits_BGC + smoothing * self.levels.uniform()) * self._factor_BGC
         self._probability_BGC = smoothed_BGC / smoothed_BGC.sum(axis=2, keepdims=True)
         self._proposals: dict[Limits, Proposal] = {}
 
@@ -55,7 +64,9 @@ class Prior:
 
     def on(self, space: WidthSpace) -> "Prior":
         """Return the prior on the same space with other costs: one with a latency model has one more."""
-        return self if space is self.space else Prior(space, self._visits_BGC, smoothing=self.smoothing)
+        if space is self.space:
+            return self
+        return Prior(space, self._visits_BGC, smoothing=self.smoothing, factor_BGC=self._factor_BGC)
 
     @property
     def num_bins(self) -> int:
@@ -117,15 +128,16 @@ class Prior:
         prior = cls.uniform(space, num_bins=num_bins, smoothing=smoothing)
         return prior._with_visits(widths_NG, freshness_N) if len(widths_NG) else prior
 
-    def updated(
-        self, widths: Sequence[Widths] | np.ndarray, scores: Sequence[float], *, weight: float = 2.0
-    ) -> "Prior":
+    def updated(self, widths: Sequence[Widths] | np.ndarray, scores: Sequence[float], *, doubt: float = 2.0) -> "Prior":
         """Return a prior that has also learned from evaluated candidates.
+
+        The probability of a choice is multiplied by the mean goodness of the candidates that have it (see `fit`), not
+        by their number: candidates are drawn where the prior is high, and counting them would make it higher still.
 
         Args:
             widths: The candidates, or their widths as an array of shape (N, G).
             scores: Their scores, higher is better; those not finite are left out.
-            weight: How many visits an average candidate counts for.
+            doubt: Candidates of average goodness that each choice is credited with beforehand.
 
         Raises:
             InputError: There is not one score for each candidate.
@@ -139,7 +151,15 @@ class Prior:
         if len(scores_N) >= 16:
             basis_NK = np.stack([basis_NK[:, 0], _unit_range(self.space, log_macs_N)], axis=1)
         goodness_N = _goodness(_residuals(-scores_N, basis_NK))
-        return self._with_visits(widths_NG, weight * goodness_N / goodness_N.mean())
+        goodness_N = goodness_N / goodness_N.mean()
+        tried_BGC, good_BGC = (self._counts(widths_NG, each_N) for each_N in (np.ones(len(scores_N)), goodness_N))
+        return Prior(
+            self.space,
+            self._visits_BGC,
+            smoothing=self.smoothing,
+            factor_BGC=self._factor_BGC * (good_BGC + doubt) / (tried_BGC + doubt),
+            levels=self.levels,
+        )
 
     def marginals(self, macs: float) -> dict[str, np.ndarray]:
         """Return, for every group, the probability of each of its choices at a cost."""
@@ -198,7 +218,7 @@ class Prior:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the prior as an .npz file; a kill leaves the old file or the new one."""
-        arrays = {"visits": self._visits_BGC, "smoothing": np.array(self.smoothing)}
+        arrays = {"visits": self._visits_BGC, "factor": self._factor_BGC, "smoothing": np.array(self.smoothing)}
         write_arrays(path, arrays, space_digest=self.space.digest(), kind="prior", version=_FORMAT)
 
     @classmethod
@@ -210,17 +230,25 @@ class Prior:
         """
         arrays = read_arrays(path, space_digest=space.digest(), kind="prior", version=_FORMAT)
         _check_arrays(arrays, Levels(space), path)
-        return cls(space, arrays["visits"], smoothing=float(arrays["smoothing"]))
+        smoothing = float(arrays["smoothing"])
+        return cls(space, arrays["visits"], smoothing=smoothing, factor_BGC=arrays.get("factor"))
 
     def _with_visits(self, widths_NG: np.ndarray, weight_N: np.ndarray) -> "Prior":
-        """Add visits, each shared by the bins near its cost: a Gaussian as wide as a bin, cut at three bins."""
+        visits_BGC = self._visits_BGC + self._counts(widths_NG, weight_N)
+        return Prior(self.space, visits_BGC, smoothing=self.smoothing, factor_BGC=self._factor_BGC, levels=self.levels)
+
+    def _counts(self, widths_NG: np.ndarray, weight_N: np.ndarray) -> np.ndarray:
+        """Count visits of each choice in each bin, shape (B, G, C).
+
+        Each visit is shared by the bins near its cost: a Gaussian as wide as a bin, cut at three bins.
+        """
         middle_B = _bin_log_macs(self.space, self.num_bins)
         distance_NB = np.log(self.space.macs(widths_NG).astype(np.float64))[:, None] - middle_B
         distance_NB /= max(middle_B[1] - middle_B[0], 1e-9) if self.num_bins > 1 else np.inf
         kernel_NB = np.where(np.abs(distance_NB) <= 3, np.exp(-0.5 * distance_NB**2), 0.0)
         weight_NB = weight_N[:, None] * kernel_NB
         levels_NG = self.levels.levels(widths_NG)
-        visits_BGC = self._visits_BGC.copy()
+        counts_BGC = np.zeros_like(self._visits_BGC)
         num_groups, top = self.levels.valid_GC.shape
         slots_NG = levels_NG + np.arange(num_groups) * top
         for number, weight_N in enumerate(weight_NB.T):
@@ -228,8 +256,8 @@ class Prior:
             if near_N.any():
                 weight_M = np.repeat(weight_N[near_N], num_groups)
                 counts_X = np.bincount(slots_NG[near_N].ravel(), weight_M, minlength=num_groups * top)
-                visits_BGC[number] += counts_X.reshape(num_groups, top)
-        return Prior(self.space, visits_BGC, smoothing=self.smoothing, levels=self.levels)
+                counts_BGC[number] = counts_X.reshape(num_groups, top)
+        return counts_BGC
 
     def _nearest_bin(self, macs_N: np.ndarray) -> np.ndarray:
         return np.abs(np.log(macs_N)[:, None] - _bin_log_macs(self.space, self.num_bins)).argmin(axis=1)
@@ -350,5 +378,8 @@ def _check_arrays(arrays: Mapping[str, np.ndarray], levels: Levels, path: str | 
             f"the prior {str(path)!r} must hold visits of shape (bins, {', '.join(map(str, levels.valid_GC.shape))}) "
             f"and one smoothing; got {visits.shape} and {smoothing.shape}"
         )
+    factor = arrays.get("factor", np.ones_like(visits))  # files of earlier versions have none
+    if factor.shape != visits.shape or not (np.isfinite(factor).all() and (factor > 0).all()):
+        raise InputError(f"the prior {str(path)!r} must hold factors above 0, as many as visits")
     if not (np.isfinite(visits).all() and (visits >= 0).all() and 0 < float(smoothing) < np.inf):
         raise InputError(f"the prior {str(path)!r} must hold finite visits, none negative, and a positive smoothing")

@@ -23,8 +23,11 @@ from psenet.widths import Widths
 
 _TRIES = 16
 """Children drawn before the settings left are listed one by one."""
-_BROOD = 64
-"""Children of which the predictor chooses one."""
+_BROOD = 8
+"""Children of which the predictor chooses one. Of many more it would choose what it thinks best again and again, and
+the search would end where the predictor is wrong."""
+_TRAINING_COUNTS = 30
+"""What training thought of widths counts as much as so many scores."""
 _LISTED = 4096
 """Settings listed beyond those already known."""
 
@@ -84,6 +87,7 @@ class PriorEvolutionSampler(BaseSampler):
         self.predictor = predictor
         self._informed = prior is not None
         self._prior = Prior.uniform(space) if prior is None else prior.on(space)
+        self._flat = Prior.uniform(space)
         self.distributions = width_distributions(space)
         self._rows: dict[int, tuple[dict[str, Any], np.ndarray]] = {}
         self._predicts: tuple[bytes, Predictor] | None = None
@@ -126,7 +130,9 @@ class PriorEvolutionSampler(BaseSampler):
         prior = self._prior
         if self.learn and len(scores_N) >= 4:
             prior = prior.updated(self._prior.levels.widths(tried_NG), scores_N.tolist())
-        proposal = prior.proposal(limits or self.limits)
+        # The more scores there are, the more often a proposal is free of what training thought, which may be wrong.
+        is_free = self._informed and rng.random() * (len(scores_N) + _TRAINING_COUNTS) >= _TRAINING_COUNTS
+        proposal = (self._flat if is_free else prior).proposal(limits or self.limits)
         predictor = self._updated_predictor(tried_NG, scores_N)
         inside_N = proposal.fits(tried_NG)
         parents_NG, scores_N = tried_NG[inside_N], scores_N[inside_N]
