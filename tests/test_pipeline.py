@@ -258,6 +258,17 @@ def test_what_is_done_is_said_in_order_with_the_expected_time(finished: _Finishe
         assert line.startswith(beginning)
 
 
+def test_a_log_is_told_at_every_quarter_how_far_a_long_search_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_export: None
+):
+    lines: list[str] = []
+    monkeypatch.setattr("psenet.stages.search._LONG_SECONDS", -1.0)
+    prune_net(tmp_path / "run", config=short_config(num_evaluations=8), say=lines.append)
+    told = [line for line in lines if " of 8 candidates, best score " in line]
+    assert [line.partition(" ")[0] for line in told] == ["2", "4", "6", "8"]
+    assert all(line.endswith(" left") for line in told)
+
+
 def test_a_run_without_a_folder_goes_to_a_temporary_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_export: None
 ):
