@@ -1,6 +1,6 @@
 """Does a net that is searched for half of the latency take half of it, and how well is latency predicted?
 
-    python benchmarks/latency_budget.py            ten minutes on two cores
+    python benchmarks/latency_budget.py            fifteen minutes on two cores
     python benchmarks/latency_budget.py --device cuda
 
 For each model and engine: the cross-validated error of the latency model, the time to make it, and the net with most
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--cases", type=int, nargs="+", default=list(range(len(CASES))), help="numbers of the models")
     parser.add_argument("--share", default="50%", help="the budget")
     arguments = parser.parse_args()
+    name = "latency_budget" if arguments.device == "cpu" else "latency_budget_gpu"
     records = []
     for number in arguments.cases:
         for engine in arguments.engines:
@@ -50,8 +51,8 @@ def main() -> None:
             spec, size = CASES[number]
             records.append(case(spec, size, runner, arguments.share))
             print(json.dumps(records[-1], indent=2), flush=True)
-    name = "latency_budget" if arguments.device == "cpu" else "latency_budget_gpu"
-    print(f"figures: {write_result(name, {'budget': arguments.share, 'cases': records}, seed=0)}")
+            # After every case, as an interruption would cost minutes of measuring.
+            print(f"figures: {write_result(name, {'budget': arguments.share, 'cases': records}, seed=0)}")
 
 
 def case(spec: str, size: int, runner: Runner, share: str) -> dict[str, Any]:
