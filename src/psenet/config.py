@@ -60,12 +60,12 @@ class PruneConfig:
                 plain[name] = list(value) if isinstance(value, tuple) else value
         return plain | nested
 
-    def check(self, space: WidthSpace, limits: Limits) -> None:
+    def check(self, space: WidthSpace, *, focus: Limits | None = None) -> None:
         """Refuse now what a stage would refuse hours later.
 
         Args:
             space: The width space of the model.
-            limits: The budget, worked out for it.
+            focus: The budget, worked out for it, where training shall focus on it.
 
         Raises:
             InputError: A number is too small, the strategy is unknown or has no focus, a device is missing or lacks the
@@ -80,9 +80,7 @@ class PruneConfig:
         ]
         if problems:
             raise InputError("; ".join(problems))
-        make_strategy(
-            self.strategy, space, num_subnets=self.num_subnets, seed=self.seed, focus=limits if self.focus else None
-        )
+        make_strategy(self.strategy, space, num_subnets=self.num_subnets, seed=self.seed, focus=focus)
         self.latency.check()
         for training in (self.baseline, self.supernet, self.finetune):
             make_accelerator(training.mixed_precision)

@@ -121,13 +121,14 @@ def prune(
     say = say or (lambda line: None)
     out = Path(tempfile.mkdtemp(prefix="psenet-") if out is None else out)
     check_folder(out, recipe, resume=resume)
+    config.check(space)  # before any time is spent on measuring
     latency = None
     if budget.latency_ms is not None:
-        config.latency.check()
         latency = _latency_model(out / "stages/latency.npz", model, space, example_input, config, say, show_progress)
         space = space.with_latency(latency)
     limits = budget.resolve(space)
-    config.check(space, limits)
+    if config.focus:
+        config.check(space, focus=limits)
     folder = RunDirectory(out, recipe, resume=resume)
     if latency is not None:
         latency.save(folder.file("stages/latency.npz"))
