@@ -22,9 +22,8 @@ from torch import nn
 import psenet
 from evidence import write_result
 from psenet.budget import Limits
-from psenet.finalists import search_measured
+from psenet.finalists import measure_beside_full, search_measured
 from psenet.found import SearchResult
-from psenet.latency import measure_latency
 from psenet.models import build_model
 from psenet.runners import Runner
 from psenet.space import WidthSpace
@@ -99,11 +98,7 @@ def _searched(
         )
 
     def measure_ms(widths: Sequence[Widths]) -> list[float]:
-        nets = {str(number): supernet.extract(setting).eval() for number, setting in enumerate(widths)}
-        full = supernet.extract(space.full()).eval()
-        modules = {name: net.to(runner.place) for name, net in {"full": full, **nets}.items()}
-        measured = measure_latency(modules, example, runner=runner)
-        return [full_ms * measured[name].q1_ms / measured["full"].q1_ms for name in nets]
+        return measure_beside_full(space, supernet, widths, example, runner=runner)
 
     first = search_within(limits).best.widths
     (first_ms,) = measure_ms([first])

@@ -13,7 +13,11 @@ import numpy as np
 from psenet.budget import Limits, resolve_limits
 from psenet.errors import InputError
 from psenet.found import Evaluation, SearchResult
+from psenet.inputs import Inputs
+from psenet.latency import measure_latency
+from psenet.runners import Runner
 from psenet.space import WidthSpace
+from psenet.supernet import Supernet
 from psenet.widths import Widths
 
 _NUM_FINALISTS = 4
@@ -80,6 +84,29 @@ def search_measured(space: WidthSpace, limits: Limits, search_within: SearchWith
             )
         within = tighter
     raise AssertionError("the last round returns")
+
+
+def measure_beside_full(
+    space: WidthSpace, supernet: Supernet, widths: Sequence[Widths], example: Inputs, *, runner: Runner
+) -> list[float]:
+    """Return the latency of subnets in milliseconds, on the scale of the space's latency model.
+
+    Each takes turns with the full model, and counts as a share of it: a machine that is slower now than when the
+    latency model was made would otherwise make every net break its budget.
+
+    Args:
+        space: The width space, with a latency model.
+        supernet: Its supernet.
+        widths: What to measure.
+        example: One sample.
+        runner: What runs them.
+    """
+    settings = {"full": space.full(), **{str(number): setting for number, setting in enumerate(widths)}}
+    modules = {name: supernet.extract(setting).to(runner.place) for name, setting in settings.items()}
+    latency = measure_latency(modules, example, runner=runner)
+    full_ms = space.latency_ms(space.full())
+    # Lower quartiles, as in the latency model: other programs only ever add time.
+    return [full_ms * latency[str(number)].q1_ms / latency["full"].q1_ms for number in range(len(widths))]
 
 
 def _tightened(space: WidthSpace, within: Limits, goal_ms: float, bias: float) -> Limits | None:

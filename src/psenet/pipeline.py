@@ -163,7 +163,7 @@ def _run_stages(run: Run) -> PruneResult:
     announce(run)
     baseline = trained_baseline(run)
     supernet, history = trained_supernet(run, baseline)
-    search = search_best(run, supernet=supernet, history=history, baseline=baseline)
+    search = search_best(run, supernet=supernet, history=history)
     searched = uniform = fine_tuned(run, "searched", search.best.widths, supernet=supernet, baseline=baseline)
     plain_widths = uniform_widths(run.space, search.limits)
     if plain_widths != search.best.widths:

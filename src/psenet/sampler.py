@@ -127,12 +127,12 @@ class PriorEvolutionSampler(BaseSampler):
         """
         known, tried_NG, scores_N = tried
         rng = np.random.default_rng([self.seed, len(known)])
-        prior = self._prior
-        if self.learn and len(scores_N) >= 4:
-            prior = prior.updated(self._prior.levels.widths(tried_NG), scores_N.tolist())
         # The more scores there are, the more often a proposal is free of what training thought, which may be wrong.
         is_free = self._informed and rng.random() * (len(scores_N) + _TRAINING_COUNTS) >= _TRAINING_COUNTS
-        proposal = (self._flat if is_free else prior).proposal(limits or self.limits)
+        prior = self._flat if is_free else self._prior
+        if self.learn and len(scores_N) >= 4 and not is_free:
+            prior = prior.updated(self._prior.levels.widths(tried_NG), scores_N.tolist())
+        proposal = prior.proposal(limits or self.limits)
         predictor = self._updated_predictor(tried_NG, scores_N)
         inside_N = proposal.fits(tried_NG)
         parents_NG, scores_N = tried_NG[inside_N], scores_N[inside_N]

@@ -3,17 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
-
 from psenet.budget import Limits, uniform_widths
 from psenet.devices import on_device
 from psenet.estimate import say_duration
 from psenet.evaluate import SupernetScore, soft_accuracy
 from psenet.evolution import search
-from psenet.finalists import Measured, search_measured
+from psenet.finalists import Measured, measure_beside_full, search_measured
 from psenet.found import Evaluation, SearchProgress, SearchResult
 from psenet.history import History
-from psenet.latency import measure_latency
 from psenet.predictor import Predictor
 from psenet.prior import Prior
 from psenet.progress import progress_bar
@@ -37,7 +34,7 @@ class Search:
     """With a budget on latency."""
 
 
-def search_best(run: Run, *, supernet: Supernet, history: History, baseline: nn.Module) -> Search:
+def search_best(run: Run, *, supernet: Supernet, history: History) -> Search:
     """Return the best candidate; a study that is there already goes on."""
     run.say(f"searching, {run.config.num_evaluations} candidates")
     run.seed(3)
@@ -48,7 +45,7 @@ def search_best(run: Run, *, supernet: Supernet, history: History, baseline: nn.
             found = searcher(run.limits)
             chosen = Search(found=found, best=found.best, limits=run.limits)
         else:
-            chosen = _search_measured(run, searcher, supernet, baseline)
+            chosen = _search_measured(run, searcher, supernet)
     best, found = chosen.best, chosen.found
     write_json(run.folder.file("stages/search.json"), {"widths": dict(best.widths), "score": best.score})
     run.say(
@@ -107,12 +104,12 @@ def _say_at_quarters(run: Run, state: SearchProgress) -> None:
         )
 
 
-def _search_measured(run: Run, searcher: _Searcher, supernet: Supernet, baseline: nn.Module) -> Search:
+def _search_measured(run: Run, searcher: _Searcher, supernet: Supernet) -> Search:
     """Search with a budget on latency: the winner keeps it when measured, or the run says by how much it fails."""
 
     def measure_ms(widths: Sequence[Widths]) -> list[float]:
         run.say(f"measuring the {len(widths)} best")
-        return measure_beside_full(run, widths, supernet=supernet, baseline=baseline)
+        return measure_beside_full(run.space, supernet, widths, run.example, runner=run.config.latency)
 
     measured = search_measured(run.space, run.limits, searcher, measure_ms)
     goal_ms = run.limits.latency_ms
@@ -123,18 +120,3 @@ def _search_measured(run: Run, searcher: _Searcher, supernet: Supernet, baseline
         f"predicted {measured.predicted_ms:.3g} ms"
     )
     return Search(found=measured.found, best=measured.best, limits=measured.limits, measured=measured)
-
-
-def measure_beside_full(run: Run, widths: Sequence[Widths], *, supernet: Supernet, baseline: nn.Module) -> list[float]:
-    """Return the latency of subnets in milliseconds, on the scale of the space's latency model.
-
-    Each takes turns with the full model, and counts as a share of it: a machine that is slower now than when the
-    latency model was made would otherwise make every net break its budget.
-    """
-    place = run.config.latency.place
-    modules = {str(number): supernet.extract(setting).to(place) for number, setting in enumerate(widths)}
-    with on_device(baseline, place):
-        latency = measure_latency({"full": baseline, **modules}, run.example, runner=run.config.latency)
-    full_ms = run.space.latency_ms(run.space.full())
-    # Lower quartiles, as in the latency model: other programs only ever add time.
-    return [full_ms * latency[name].q1_ms / latency["full"].q1_ms for name in modules]
