@@ -114,9 +114,11 @@ def _search_measured(run: Run, searcher: _Searcher, supernet: Supernet) -> Searc
     measured = search_measured(run.space, run.limits, searcher, measure_ms)
     goal_ms = run.limits.latency_ms
     assert goal_ms is not None
-    verdict = "inside" if measured.keeps_budget else f"{measured.measured_ms / goal_ms - 1:.1%} above"
+    excess = measured.measured_ms / goal_ms - 1
+    verdict = "inside" if excess <= 0 else f"{excess:.1%} above"
+    allowed = ", within the error of measuring" if measured.keeps_budget and excess > 0 else ""
     run.say(
-        f"latency of the winner: measured {measured.measured_ms:.3g} ms, {verdict} the budget of {goal_ms:.3g} ms; "
-        f"predicted {measured.predicted_ms:.3g} ms"
+        f"latency of the winner: measured {measured.measured_ms:.3g} ms, {verdict} the budget of {goal_ms:.3g} ms"
+        f"{allowed}; predicted {measured.predicted_ms:.3g} ms"
     )
     return Search(found=measured.found, best=measured.best, limits=measured.limits, measured=measured)
