@@ -13,12 +13,10 @@ from torch import nn
 
 from psenet.artifact import load
 from psenet.errors import InputError
-from psenet.models import build_model
+from psenet.models import build_model, check_trusted
 from psenet.rundir import read_json
 
 _PROBED_CLASSES = 2
-_TRUSTED = ("timm", "torchvision", "psenet.models")
-"""Where a model may come from without the user's naming it: a recipe is a file, perhaps a stranger's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +57,7 @@ def load_run(path: str | Path, *, factory: str | None = None) -> FinishedRun:
             f"the model of the run in {path} must have a name to be built by, such as timm:NAME or my.module:factory; "
             f"its recipe has {spec!r}"
         )
-    if spec.partition(":")[0] not in _TRUSTED and spec != factory:
-        raise InputError(
-            f"the run in {path} is of {spec!r}, which its recipe alone is not trusted to import; name it, if you trust "
-            f"it: --factory {spec}"
-        )
+    check_trusted(spec, factory, f"the run in {path}")
     if not (isinstance(shape, list) and shape and all(isinstance(size, int) for size in shape)):
         raise InputError(f"the run in {path} must be of a model with one input; its recipe has the shapes {shape!r}")
     baseline = _baseline(spec, path / "stages" / "baseline.safetensors", in_channels=shape[0])

@@ -18,6 +18,8 @@ from torch import nn
 from psenet.errors import InputError
 
 _MAX_LISTED = 10
+_TRUSTED = ("timm", "torchvision", "psenet.models")
+"""Where a model may come from without the user's naming it: a recipe in a folder may be a stranger's."""
 
 
 def build_model(
@@ -59,6 +61,24 @@ def build_model(
     if weights is not None:
         _load_weights(model, Path(weights))
     return model
+
+
+def check_trusted(spec: str, named: str | None, what: str) -> None:
+    """Make sure that a module is imported only if the user names it.
+
+    Args:
+        spec: The model as a file in a run directory says.
+        named: The model as the user says, if at all.
+        what: What holds the file, for the message.
+
+    Raises:
+        InputError: The model is a factory that the user did not name.
+    """
+    if spec.partition(":")[0] not in _TRUSTED and spec != named:
+        raise InputError(
+            f"{what} is of {spec!r}, which its recipe alone is not trusted to import; name it, if you trust "
+            f"it: --factory {spec}"
+        )
 
 
 def _build_timm(name: str, num_classes: int, in_channels: int, pretrained: bool) -> nn.Module:

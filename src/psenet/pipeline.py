@@ -4,14 +4,12 @@ baseline -> supernet -> search -> fine-tune -> test -> export -> result
 """
 
 import copy
-import itertools
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -20,23 +18,22 @@ from psenet.budget import Budget, uniform_widths
 from psenet.config import PruneConfig
 from psenet.errors import InputError
 from psenet.export import ExportReport, export_model
-from psenet.inputs import Inputs, tensors_in
-from psenet.latency_model import NUM_SUBNETS, LatencyModel
-from psenet.progress import progress_bar
-from psenet.reading import trace
-from psenet.rundir import RunDirectory, check_folder, read_json, write_json
+from psenet.history import History
+from psenet.inputs import Inputs
+from psenet.rundir import read_json, write_json
 from psenet.slicing import narrow_attributes
 from psenet.space import WidthSpace
-from psenet.stages.figures import figures, plain_budget, search_record
+from psenet.stages.figures import figures
 from psenet.stages.finetune import Finalist, choose, fine_tuned
 from psenet.stages.forecast import announce
-from psenet.stages.run import Loaders, Run, Say, seed_stage
-from psenet.stages.search import search_best
+from psenet.stages.run import Run, Say
+from psenet.stages.search import SEARCHED, Search, search_best
+from psenet.stages.start import TRAINED, Job, shape_of, silent, start_run
 from psenet.stages.train import trained_baseline, trained_supernet
-from psenet.training.loop import make_accelerator
+from psenet.supernet import Supernet
 from psenet.widths import Widths
 
-_CALIBRATION_BATCHES = 8
+_RESULT = "result.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,93 +93,59 @@ def prune(
         InputError: The model, the budget, a loader or the output folder cannot be used.
         TrainingDivergedError: A loss became NaN; the last good checkpoint stays and `resume` continues from it.
     """
-    config = config or PruneConfig()
-    names = {"model": type(model).__name__, "data": "loaders", **(description or {})}
-    given = {"train": train_loader, "calibration": calibration_loader, "validation": val_loader, "test": test_loader}
-    for name, loader in given.items():
-        if loader is not None and len(loader) == 0:
-            raise InputError(f"the {name} loader has no batches")
-    space = trace(
-        model,
-        example_input,
-        divisor=config.divisor,
-        min_ratio=config.min_ratio,
-        exclude=config.exclude or None,
-        opaque=config.opaque,
-    )
-    recipe = {
-        **names,
-        "input_shape": _shape_of(example_input),
-        "batch_size": train_loader.batch_size,
-        "batches": {name: None if loader is None else len(loader) for name, loader in given.items()},
-        "budget": plain_budget(budget),
-        "settings": config.as_dict(),
-    }
-    say = say or (lambda line: None)
-    out = Path(tempfile.mkdtemp(prefix="psenet-") if out is None else out)
-    check_folder(out, recipe, resume=resume)
-    config.check(space)  # before any time is spent on measuring
-    latency = None
-    if budget.latency_ms is not None:
-        latency = _latency_model(out / "stages/latency.npz", model, space, example_input, config, say, show_progress)
-        space = space.with_latency(latency)
-    limits = budget.resolve(space)
-    if config.focus:
-        config.check(space, focus=limits)
-    folder = RunDirectory(out, recipe, resume=resume)
-    if latency is not None:
-        latency.save(folder.file("stages/latency.npz"))
-    seed_stage(config, 0, train_loader)
-    run = Run(
-        model=copy.deepcopy(model),
-        example=example_input,
-        loaders=Loaders(
-            train=train_loader,
-            calibration=_batches(calibration_loader, train_loader),
-            validation=list(val_loader),
-            test=test_loader,
-        ),
+    job = Job(
+        model=model,
+        example_input=example_input,
+        train_loader=train_loader,
+        val_loader=val_loader,
+        test_loader=test_loader,
+        calibration_loader=calibration_loader,
         budget=budget,
-        limits=limits,
-        space=space,
-        config=config,
-        folder=folder,
-        names=names,
+        config=config or PruneConfig(),
+        names=description or {},
         workers=workers,
-        say=say,
+        say=say or silent,
         show_progress=show_progress,
-        device=make_accelerator().device,
     )
-    if (out / "result.json").exists():
-        return _finished(run)
-    return _run_stages(run)
+    return finish(start_run(job, out, resume=resume))
 
 
-def _run_stages(run: Run) -> PruneResult:
-    """Run the stages in order."""
+def finish(run: Run) -> PruneResult:
+    """Do all stages of a run that are not done yet."""
+    if _is_done(run, "export"):
+        run.say("this run is finished; its figures are shown again")
+        return read_result(run)
     announce(run)
-    baseline = trained_baseline(run)
-    supernet, history = trained_supernet(run, baseline)
-    search = search_best(run, supernet=supernet, history=history)
-    searched = uniform = fine_tuned(run, "searched", search.best.widths, supernet=supernet, baseline=baseline)
-    plain_widths = uniform_widths(run.space, search.limits)
-    if plain_widths != search.best.widths:
-        uniform = fine_tuned(run, "uniform", plain_widths, supernet=supernet, baseline=baseline)
-    nets = {"searched": searched, "uniform": uniform}
-    kept = choose(run, searched, uniform)
-    run.say("testing, measuring latency, exporting")
-    record = figures(run, baseline=baseline, nets=nets, kept=kept)
-    report = _export(run, nets[kept])
-    record |= {"search": search_record(search, num_visits=len(history), kept=kept), "export": report.as_dict()}
-    write_json(run.folder.file("result.json"), record)
-    pruned = nets[kept]
-    return PruneResult(model=pruned.module, widths=pruned.widths, space=run.space, record=record, export=report)
+    products = _Products(run)
+    for stage in STAGES.values():
+        stage.do(products)
+    return read_result(run)
 
 
-def _finished(run: Run) -> PruneResult:
+def run_stage(run: Run, name: str) -> None:
+    """Do one stage of a run, or go on with it.
+
+    Raises:
+        InputError: There is no such stage, or one before it is not finished.
+    """
+    if name not in STAGES:
+        raise InputError(f"a stage is one of {', '.join(STAGES)}; got {name!r}")
+    for earlier in list(STAGES)[: list(STAGES).index(name)]:
+        if not _is_done(run, earlier):
+            raise InputError(
+                f"the run in {run.folder.path} has not finished its stage {earlier!r}, which comes before {name!r}: "
+                f"psenet {earlier} {run.folder.path}"
+            )
+    if _is_done(run, name):
+        run.say(f"the stage {name!r} of this run is finished")
+        return
+    announce(run, stage=name)
+    STAGES[name].do(_Products(run))
+
+
+def read_result(run: Run) -> PruneResult:
     """Return what a finished run found: test data is not used again, and nothing is measured anew."""
-    run.say("this run is finished; its figures are shown again")
-    record, folder = read_json(run.folder.path / "result.json"), run.folder.path / "model"
+    record, folder = read_json(run.folder.path / _RESULT), run.folder.path / "model"
     return PruneResult(
         model=load(folder, lambda: copy.deepcopy(run.model)).eval(),
         widths=Widths(record["widths"]),
@@ -192,8 +155,54 @@ def _finished(run: Run) -> PruneResult:
     )
 
 
-def _export(run: Run, net: Finalist) -> ExportReport:
-    shape = _shape_of(run.example) if isinstance(run.example, torch.Tensor) else None
+# The stages -----------------------------------------------------------------------------------------------------------
+
+
+class _Products:
+    """What the stages of a run make; each is made once, or read where an earlier attempt has finished it."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    @cached_property
+    def baseline(self) -> nn.Module:
+        return trained_baseline(self.run)
+
+    @cached_property
+    def trained(self) -> tuple[Supernet, History]:
+        return trained_supernet(self.run, self.baseline)
+
+    @cached_property
+    def search(self) -> Search:
+        supernet, history = self.trained
+        return search_best(self.run, supernet=supernet, history=history)
+
+    @cached_property
+    def finalists(self) -> dict[str, Finalist]:
+        searched = uniform = self._fine_tuned("searched", self.search.widths)
+        plain_widths = uniform_widths(self.run.space, self.search.limits)
+        if plain_widths != self.search.widths:
+            uniform = self._fine_tuned("uniform", plain_widths)
+        return {"searched": searched, "uniform": uniform}
+
+    def _fine_tuned(self, name: str, widths: Widths) -> Finalist:
+        supernet, _ = self.trained
+        return fine_tuned(self.run, name, widths, supernet=supernet, baseline=self.baseline)
+
+    @cached_property
+    def result(self) -> dict[str, Any]:
+        run, nets = self.run, self.finalists
+        kept = choose(run, nets["searched"], nets["uniform"])
+        run.say("testing, measuring latency, exporting")
+        record = figures(run, baseline=self.baseline, nets=nets, kept=kept)
+        report = _write_model(run, nets[kept])
+        record |= {"search": {**self.search.record, "kept": kept}, "export": report.as_dict()}
+        write_json(run.folder.file(_RESULT), record)
+        return record
+
+
+def _write_model(run: Run, net: Finalist) -> ExportReport:
+    shape = None if isinstance(run.example, tuple) else shape_of(run.example)
     report = export_model(
         net.module,
         run.example,
@@ -211,37 +220,21 @@ def _export(run: Run, net: Finalist) -> ExportReport:
     return report
 
 
-def _latency_model(
-    path: Path,
-    model: nn.Module,
-    space: WidthSpace,
-    example: Inputs,
-    config: PruneConfig,
-    say: Say,
-    show_progress: bool,
-) -> LatencyModel:
-    """Return the latency model of a run that goes on, or measure one."""
-    if path.exists():
-        return LatencyModel.load(path, space)
-    say(f"measuring latency by {config.latency.engine} on {config.latency.device}, for the budget on it")
-    with progress_bar("latency", total=NUM_SUBNETS[config.latency.engine], show=show_progress) as advance:
-        latency = LatencyModel.measure(
-            model,
-            space,
-            example,
-            runner=config.latency,
-            seed=config.seed,
-            progress=lambda done, total: advance(done, ""),
-        )
-    say(latency.describe())
-    return latency
+@dataclass(frozen=True)
+class _Stage:
+    do: Callable[[_Products], object]
+    leaves: tuple[str, ...]
+    """The files of a run that has finished it."""
 
 
-def _shape_of(example: Inputs) -> Any:
-    """Return the shape of one sample, or the shapes of all its tensors."""
-    shapes = [tuple(tensor.shape[1:]) for tensor in tensors_in(example)]
-    return shapes[0] if isinstance(example, torch.Tensor) else shapes
+STAGES: Mapping[str, _Stage] = {
+    "train": _Stage(lambda products: products.trained, TRAINED),
+    "search": _Stage(lambda products: products.search, (SEARCHED,)),
+    "finetune": _Stage(lambda products: products.finalists, ("stages/searched.safetensors",)),
+    "export": _Stage(lambda products: products.result, (_RESULT,)),
+}
+"""The stages of a run, in order."""
 
 
-def _batches(calibration: DataLoader | None, train: DataLoader) -> list[Any]:
-    return list(itertools.islice(train, _CALIBRATION_BATCHES)) if calibration is None else list(calibration)
+def _is_done(run: Run, stage: str) -> bool:
+    return all((run.folder.path / name).is_file() for name in STAGES[stage].leaves)

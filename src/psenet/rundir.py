@@ -10,7 +10,7 @@ RUN/result.json          the figures
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -71,6 +71,14 @@ class RunDirectory:
             stages[name] = {"seconds": round(before["seconds"] + time.perf_counter() - start, 2)}
             write_json(self.file("stages.json"), stages)
 
+    def take_seconds(self, source: Path, names: Sequence[str]) -> None:
+        """Take over what another run has spent in some stages, where this one has spent nothing."""
+        path = source / "stages.json"
+        spent, stages = read_json(path) if path.exists() else {}, self._stages()
+        missing = {name: spent[name] for name in names if name in spent and name not in stages}
+        if missing:
+            write_json(self.file("stages.json"), {**stages, **missing})
+
     def _stages(self) -> dict[str, dict[str, float]]:
         path = self.path / "stages.json"
         return read_json(path) if path.exists() else {}
@@ -118,11 +126,16 @@ def check_folder(path: Path, recipe: Mapping[str, Any], *, resume: bool) -> None
     old = read_json(path / "recipe.json")
     if not isinstance(old, dict):
         raise InputError(f"{path / 'recipe.json'} is not the recipe of a psenet run; give another folder")
-    before, now = _by_path(old), _by_path(json.loads(json.dumps(recipe)))
-    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    if keys:
-        changes = "; ".join(f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in keys)
+    changes = changed_settings(old, recipe)
+    if changes:
         raise InputError(f"the run in {path} was started with other settings: {changes}; give another folder")
+
+
+def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any], *, beside: Sequence[str] = ()) -> str:
+    """Return for a person what differs between two recipes, beside the settings that begin with one of `beside`."""
+    before, now = _by_path(old), _by_path(json.loads(json.dumps(new)))
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key) and not key.startswith(tuple(beside))]
+    return "; ".join(f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in keys)
 
 
 def _by_path(settings: Mapping[str, Any], parent: str = "") -> dict[str, Any]:

@@ -155,8 +155,10 @@ def test_weights_of_another_model_are_refused(tmp_path: Path):
 def test_a_missing_data_folder_is_named(tmp_path: Path):
     _refused(
         _prune(tmp_path / "run", data=tmp_path / "photos"),
-        f"there is no data folder '{tmp_path / 'photos'}'; the data is an existing folder of images, `digits`, or",
+        f"there is no data folder '{tmp_path / 'photos'}'",
     )
+    message = "there is no data folder 'photos'; the data is an existing folder of images, `digits`, or"
+    _refused(_prune(tmp_path / "run", data="photos"), message)
 
 
 def test_an_empty_data_folder_is_named(tmp_path: Path):
@@ -243,9 +245,16 @@ def test_an_output_folder_that_is_a_file_is_refused(tmp_path: Path):
 # Options --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("option", ["model", "data", "out"])
-def test_a_required_option_that_is_missing_is_named(option: str, tmp_path: Path):
-    _refused(_prune(tmp_path / "run", **{option: None}), f"Missing option '--{option}'")
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("model", "model.name must be given"),
+        ("data", "data.source must be given"),
+        ("out", "--out RUN must be given: the folder that the run is to be kept in"),
+    ],
+)
+def test_a_required_option_that_is_missing_is_named(option: str, message: str, tmp_path: Path):
+    _refused(_prune(tmp_path / "run", **{option: None}), message)
 
 
 @pytest.mark.parametrize(
@@ -261,10 +270,10 @@ def test_a_required_option_that_is_missing_is_named(option: str, tmp_path: Path)
         ({"max_train_images": "3"}, "the training images must be at least one per class, 10 here; got a maximum of 3"),
         ({"min_ratio": "0"}, "min_ratio must be above 0 and at most 1; got 0.0"),
         ({"baseline_lr": "0"}, "learning_rate must be above 0; got 0.0"),
-        ({"optimizer": "lion"}, "optimizer must be 'sgd' or 'adamw'; got 'lion'"),
+        ({"optimizer": "lion"}, "--optimizer: baseline.optimizer: input should be 'sgd' or 'adamw'; got 'lion'"),
         ({"weight_decay": "-1"}, "weight_decay must be at least 0; got -1.0"),
         ({"distill": "1.5"}, "distill_weight must be between 0 and 1; got 1.5"),
-        ({"mixed_precision": "fp8"}, "mixed_precision must be 'no', 'fp16' or 'bf16'; got 'fp8'"),
+        ({"mixed_precision": "fp8"}, "supernet.mixed_precision: input should be 'no', 'fp16' or 'bf16'"),
         ({"strategy": "bilaterol"}, "unknown strategy 'bilaterol'; there are ['bilateral', 'parallel', 'sandwich'"),
     ],
 )

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from psenet import Budget, PruneConfig, load
 from psenet.data import load_data
 from psenet.models import digits_resnet
+from psenet.stages.start import Job
 
 MODEL = "psenet.models:digits_resnet"
 # A name that would be a style in rich's markup, and that is longer than a line.
@@ -155,22 +156,28 @@ def test_a_run_is_continued_only_as_it_was_started(changes: list[str], message: 
 
 @dataclass
 class _Asked:
-    """What the command hands to `psenet.prune`."""
+    """The run that the command starts."""
 
-    positional: tuple[Any, ...] = ()
-    named: dict[str, Any] | None = None
+    job: Job | None = None
+    place: tuple[Path, dict[str, Any]] | None = None
+
+    @property
+    def given(self) -> Job:
+        assert self.job is not None
+        return self.job
 
 
 @pytest.fixture
-def asked(run: _Run, monkeypatch: pytest.MonkeyPatch) -> _Asked:
-    """Let `psenet.prune` note what it is asked for, and return the figures of another run."""
+def asked(run: _Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> _Asked:
+    """Let the start of a run note what it is asked for, and its end return the figures of another run."""
     noted = _Asked()
 
-    def prune(*positional: Any, **named: Any) -> SimpleNamespace:
-        noted.positional, noted.named = positional, named
-        return SimpleNamespace(record=run.record)
+    def start_run(job: Job, out: Path, **named: Any) -> SimpleNamespace:
+        noted.job, noted.place = job, (out, named)
+        return SimpleNamespace(folder=SimpleNamespace(file=lambda name: tmp_path / name))
 
-    monkeypatch.setattr("psenet.pipeline.prune", prune)
+    monkeypatch.setattr("psenet.stages.start.start_run", start_run)
+    monkeypatch.setattr("psenet.pipeline.finish", lambda _: SimpleNamespace(record=run.record))
     return noted
 
 
@@ -189,12 +196,11 @@ def test_every_option_reaches_the_run(asked: _Asked, tmp_path: Path):
     out = tmp_path / "run"
     ended = psenet("prune", "--model", MODEL, "--data", "digits", "--out", out, *given)
     assert (ended.code, ended.err) == (0, "")
-    assert asked.named is not None
-    config: PruneConfig = asked.named["config"]
-    assert asked.named["budget"] == Budget(macs="60%", params="100k", memory="90%", latency_ms="90%")
-    assert (asked.named["out"], asked.named["resume"], asked.named["workers"]) == (out, True, 2)
-    assert asked.named["description"] == {"model": MODEL, "data": "digits"}
-    settings = config.as_dict()
+    job = asked.given
+    assert job.budget == Budget(macs="60%", params="100k", memory="90%", latency_ms="90%")
+    assert asked.place == (out, {"resume": True, "trained_in": None}) and job.workers == 2
+    assert job.names == {"model": MODEL, "data": "digits"}
+    settings = job.config.as_dict()
     trainings = [settings.pop(name) for name in ("baseline", "supernet", "finetune")]
     assert settings == {
         **{"trained": False, "strategy": "sandwich", "num_subnets": 6, "num_evaluations": 7, "compiled": True},
@@ -206,24 +212,25 @@ def test_every_option_reaches_the_run(asked: _Asked, tmp_path: Path):
     for training in trainings:
         assert (training["optimizer"], training["weight_decay"]) == ("adamw", 0.01)
         assert training["mixed_precision"] == "bf16"
-    _, example, train_loader, _ = asked.positional
-    assert example.shape == (1, 1, 12, 12)
-    assert (len(train_loader.dataset), train_loader.batch_size) == (99, 50)
+    assert isinstance(job.example_input, torch.Tensor) and job.example_input.shape == (1, 1, 12, 12)
+    assert (len(_images(job.train_loader)), job.train_loader.batch_size) == (99, 50)
+
+
+def _images(loader: Any) -> Any:
+    return loader.dataset
 
 
 def test_the_defaults_are_those_of_the_python_interface(asked: _Asked, tmp_path: Path):
     assert psenet("prune", "--model", MODEL, "--data", "digits", "--macs", "50%", "--out", tmp_path / "run").code == 0
-    assert asked.named is not None
-    assert asked.named["config"] == PruneConfig()
-    assert asked.named["resume"] is False
+    assert asked.given.config == PruneConfig()
+    assert asked.place == (tmp_path / "run", {"resume": False, "trained_in": None})
 
 
 def test_the_loaders_are_the_four_splits(asked: _Asked, tmp_path: Path):
     assert psenet("prune", "--model", MODEL, "--data", "digits", "--macs", "50%", "--out", tmp_path / "run").code == 0
-    assert asked.named is not None
-    _, _, train_loader, val_loader = asked.positional
-    loaders = [train_loader, asked.named["calibration_loader"], val_loader, asked.named["test_loader"]]
-    assert [len(loader.dataset) for loader in loaders] == [847, 100, 250, 600]
+    loaders = [loader for loader in asked.given.loaders.values() if loader is not None]
+    assert list(asked.given.loaders) == ["train", "calibration", "validation", "test"]
+    assert [len(_images(loader)) for loader in loaders] == [847, 100, 250, 600]
     assert [len(next(iter(loader))[0]) for loader in loaders] == [128, 100, 250, 256]
 
 
@@ -231,7 +238,7 @@ def test_a_last_batch_of_a_single_image_is_left_out(asked: _Asked, tmp_path: Pat
     arguments = ["prune", "--model", MODEL, "--data", "digits", "--macs", "50%", "--out", tmp_path / "run"]
     for num_images, sizes in ((129, [128]), (130, [128, 2]), (128, [128])):
         assert psenet(*arguments, "--max-train-images", str(num_images)).code == 0
-        assert [len(labels) for _, labels in asked.positional[2]] == sizes
+        assert [len(labels) for _, labels in asked.given.train_loader] == sizes
 
 
 def test_a_weights_file_makes_the_model_the_baseline(asked: _Asked, tmp_path: Path):
@@ -240,9 +247,8 @@ def test_a_weights_file_makes_the_model_the_baseline(asked: _Asked, tmp_path: Pa
     save_file(trained.state_dict(), tmp_path / "trained.safetensors")
     arguments = ["prune", "--model", MODEL, "--data", "digits", "--macs", "50%", "--out", tmp_path / "run"]
     assert psenet(*arguments, "--weights", tmp_path / "trained.safetensors").code == 0
-    assert asked.named is not None
-    assert asked.named["config"].trained is True
-    for name, tensor in asked.positional[0].state_dict().items():
+    assert asked.given.config.trained is True
+    for name, tensor in asked.given.model.state_dict().items():
         assert torch.equal(tensor, trained.state_dict()[name])
 
 
@@ -250,7 +256,7 @@ def test_the_seed_decides_the_model_s_first_weights(asked: _Asked, tmp_path: Pat
     def first_weights(seed: int) -> torch.Tensor:
         arguments = ["--model", MODEL, "--data", "digits", "--macs", "50%", "--out", tmp_path / "run"]
         assert psenet("prune", *arguments, "--seed", str(seed)).code == 0
-        return asked.positional[0].conv1.weight
+        return asked.given.model.get_parameter("conv1.weight")
 
     assert torch.equal(first_weights(1), first_weights(1))
     assert not torch.equal(first_weights(1), first_weights(2))

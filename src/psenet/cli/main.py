@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import typer
 
-from psenet.cli import bench, inspect, prune
+from psenet.cli import bench, export, finetune, init, inspect, prune, search, train
 from psenet.errors import InputError
 
 USER_MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130
@@ -35,9 +35,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Make a convolutional network smaller by choosing how many channels each layer keeps.",
 )
-app.command("prune")(_stoppable(prune.prune))
-app.command("inspect")(_stoppable(inspect.inspect))
-app.command("bench")(_stoppable(bench.bench))
+for command in (
+    *(prune.prune, init.init, inspect.inspect),
+    *(train.train, search.search, finetune.finetune, export.export),
+    bench.bench,
+):
+    app.command(command.__name__)(_stoppable(command))
 
 
 @app.callback()

@@ -1,17 +1,65 @@
 """`psenet prune`: the whole way from a model to a smaller one."""
 
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-Count = Annotated[int, typer.Option(min=1)]
+if TYPE_CHECKING:
+    from psenet.cli.opening import Place
+    from psenet.recipe import Override, Recipe
+
+_TRAININGS = ("baseline", "supernet", "finetune")
+KEYS: Mapping[str, tuple[str, ...]] = {
+    "model": ("model.name",),
+    "weights": ("model.weights",),
+    "pretrained": ("model.pretrained",),
+    "data": ("data.source",),
+    **{name: (f"data.{name}",) for name in ("image_size", "batch_size", "max_train_images", "skip_unreadable")},
+    **{name: (f"budget.{name}",) for name in ("macs", "params", "memory", "latency_ms")},
+    "latency_engine": ("latency.engine",),
+    "latency_device": ("latency.device",),
+    "latency_threads": ("latency.num_threads",),
+    "latency_batch": ("latency.batch_size",),
+    **{f"{training}_epochs": (f"{training}.epochs",) for training in _TRAININGS},
+    **{f"{training}_lr": (f"{training}.learning_rate",) for training in _TRAININGS},
+    **{
+        name: tuple(f"{training}.{name}" for training in _TRAININGS)
+        for name in ("optimizer", "weight_decay", "mixed_precision")
+    },
+    "distill": ("finetune.distill_weight",),
+    "evaluations": ("num_evaluations",),
+    **{
+        name: (name,)
+        for name in (
+            *("strategy", "num_subnets", "focus", "compiled", "divisor", "min_ratio", "exclude", "opaque", "seed"),
+        )
+    },
+}
+"""The values of a recipe that each option sets."""
 
 
 def prune(
-    model: Annotated[str, typer.Option(help="timm:NAME, torchvision:NAME or my.module:factory.")],
-    data: Annotated[str, typer.Option(help="`digits`, an image folder, or a name of timm's dataset factory.")],
-    out: Annotated[Path, typer.Option(help="The run directory.")],
+    context: typer.Context,
+    out: Annotated[Path | None, typer.Option(help="The run directory.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A YAML file with all of this; see `psenet init`.")] = None,
+    template: Annotated[str | None, typer.Option(help="Start from `pilot` (hours) or `full`.")] = None,
+    trained_in: Annotated[
+        Path | None, typer.Option("--from", help="A run: take all from it, its trained supernet too; see --macs.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Any value of a recipe: supernet.momentum=0.8; repeatable.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how long it will take, and stop.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, or start it.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that score candidates.")] = 1,
+    data_workers: Annotated[int, typer.Option(min=0, help="Processes that load data.")] = 0,
+    model: Annotated[str | None, typer.Option(help="timm:NAME, torchvision:NAME or my.module:factory.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="`digits`, an image folder, or a name of timm's dataset factory.")
+    ] = None,
     macs: Annotated[str | None, typer.Option(help="Budget of MACs: 50%, 300M.")] = None,
     params: Annotated[str | None, typer.Option(help="Budget of parameters: 50%, 2M.")] = None,
     memory: Annotated[str | None, typer.Option(help="Budget of peak activation memory: 50%, 4MB.")] = None,
@@ -21,7 +69,6 @@ def prune(
     latency_threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's if not given.")] = None,
     latency_batch: Annotated[int, typer.Option(min=1, help="Samples in one pass.")] = 1,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, or start it.")] = False,
     weights: Annotated[Path | None, typer.Option(help="Trained weights of the model (.safetensors).")] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Take timm's pretrained weights.")] = False,
     image_size: Annotated[int | None, typer.Option(min=8, help="Derived from the data if not given.")] = None,
@@ -47,119 +94,65 @@ def prune(
     max_train_images: Annotated[int | None, typer.Option(min=1, help="Train on so many images only.")] = None,
     skip_unreadable: Annotated[bool, typer.Option("--skip-unreadable", help="Leave broken images out.")] = False,
     mixed_precision: Annotated[str, typer.Option(help="no, fp16 or bf16.")] = "no",
-    workers: Annotated[int, typer.Option(min=1, help="Processes that score candidates.")] = 1,
-    data_workers: Annotated[int, typer.Option(min=0, help="Processes that load data.")] = 0,
 ) -> None:
     """Prune a model to a budget: train, search, fine-tune, export, compare.
 
+    Everything can stand in a recipe (--recipe); options win over it, and it over a template.
+
     Example: psenet prune --model timm:mobilenetv2_100 --data DIR --macs 50% --out runs/x
     """
-    import torch
-    from rich.console import Console
-
-    from psenet.budget import Budget
-    from psenet.config import PruneConfig
-    from psenet.data import load_data, make_loader
-    from psenet.models import build_model
-    from psenet.pipeline import prune as run_pipeline
+    from psenet.cli.opening import Place, make_console, open_run, read_overrides
+    from psenet.errors import InputError
+    from psenet.pipeline import finish
     from psenet.result import result_table
-    from psenet.runners import Runner
-    from psenet.training.config import TrainConfig
 
-    console = Console(markup=False, emoji=False)  # brackets in paths are not styles
-    budget = Budget(macs=macs, params=params, memory=memory, latency_ms=latency_ms)
-
-    def training(epochs: int, learning_rate: float, distill_weight: float = 0.0) -> TrainConfig:
-        return TrainConfig(
-            epochs=epochs,
-            learning_rate=learning_rate,
-            optimizer=optimizer,  # pyright: ignore[reportArgumentType]
-            weight_decay=weight_decay,
-            distill_weight=distill_weight,
-            mixed_precision=mixed_precision,  # pyright: ignore[reportArgumentType]
-        )
-
-    config = PruneConfig(
-        baseline=training(baseline_epochs, baseline_lr),
-        supernet=training(supernet_epochs, supernet_lr),
-        finetune=training(finetune_epochs, finetune_lr, distill),
-        trained=pretrained or weights is not None,
-        strategy=strategy,
-        num_subnets=num_subnets,
-        focus=focus,
-        compiled=compiled,
-        num_evaluations=evaluations,
-        divisor=divisor,
-        min_ratio=min_ratio,
-        exclude=tuple(exclude or ()),
-        opaque=tuple(opaque or ()),
-        latency=Runner(
-            engine=latency_engine,
-            device=latency_device,
-            num_threads=latency_threads,
-            batch_size=latency_batch,
-        ),
-        seed=seed,
-    )
-    console.print(f"loading {data}", highlight=False)
-    splits = load_data(
-        data, image_size=image_size, seed=seed, max_train_images=max_train_images, skip_unreadable=skip_unreadable
-    )
-    sizes = {name: len(getattr(splits, name)) for name in ("train", "calibration", "validation", "test")}
-    console.print("images: " + ", ".join(f"{count} {name}" for name, count in sizes.items()), highlight=False)
-    torch.manual_seed(seed)
-    net = build_model(
-        model, num_classes=splits.num_classes, in_channels=splits.input_shape[0], pretrained=pretrained, weights=weights
-    )
-    check_classes(net, splits.input_shape, splits.num_classes)
-    result = run_pipeline(
-        net,
-        torch.zeros(1, *splits.input_shape),
-        make_loader(
-            splits.train,
-            batch_size=batch_size,
-            shuffle=True,
-            seed=seed,
-            drop_last=sizes["train"] % batch_size == 1,  # one image alone has no batch statistics
-            num_workers=data_workers,
-        ),
-        make_loader(splits.validation, batch_size=256, shuffle=False),
-        budget=budget,
-        test_loader=make_loader(splits.test, batch_size=256, shuffle=False),
-        calibration_loader=make_loader(
-            splits.calibration, batch_size=256, shuffle=False, drop_last=sizes["calibration"] % 256 == 1
-        ),
-        out=out,
-        config=config,
-        resume=resume,
-        workers=workers,
-        description={"model": model, "data": data},
-        say=lambda line: console.print(line, highlight=False),
-        show_progress=console.is_terminal,
-    )
+    overrides = [*_given(context), *read_overrides(settings or ())]
+    chosen = _recipe(recipe, template, trained_in, model, overrides)
+    if dry_run:
+        forecast(chosen, Place(out=Path(), trained_in=trained_in, data_workers=data_workers))
+        return
+    if out is None:
+        raise InputError("--out RUN must be given: the folder that the run is to be kept in")
+    console = make_console()
+    place = Place(out=out, resume=resume, trained_in=trained_in, workers=workers, data_workers=data_workers)
+    result = finish(open_run(chosen, place, console))
     console.print(result_table(result.record))
     console.print(f"figures: {out / 'result.json'}\nmodel:   {out / 'model'}", highlight=False, soft_wrap=True)
 
 
-def check_classes(net: "object", input_shape: tuple[int, int, int], num_classes: int) -> None:
-    """Make sure that the model gives one logit per class.
+def forecast(recipe: "Recipe", place: "Place") -> None:
+    """Say how long a run would take; nothing is left behind."""
+    from psenet.cli.opening import make_console, make_job
+    from psenet.stages.forecast import announce
+    from psenet.stages.start import start_run
 
-    Raises:
-        InputError: It refuses the images, or its output has another shape.
-    """
-    import torch
+    job = make_job(recipe, place, make_console())
+    with tempfile.TemporaryDirectory(prefix="psenet-") as folder:
+        announce(start_run(job, Path(folder) / "dry", trained_in=place.trained_in))
 
+
+def _recipe(
+    path: Path | None, template: str | None, source: Path | None, model: str | None, overrides: "list[Override]"
+) -> "Recipe":
+    from psenet.cli.opening import read_kept_recipe
     from psenet.errors import InputError
+    from psenet.recipe import read_recipe
 
-    assert isinstance(net, torch.nn.Module)
-    try:
-        with torch.no_grad():
-            logits = net.eval()(torch.zeros(1, *input_shape))
-    except Exception as error:  # the user's forward may raise anything
-        raise InputError(f"the model refuses images of shape {input_shape}: {type(error).__name__}: {error}") from error
-    shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-    if shape != (1, num_classes):
-        raise InputError(
-            f"the data has {num_classes} classes, so the model's output for one image must be of shape "
-            f"(1, {num_classes}); got {shape}. Let the factory take num_classes, or give a model for these classes"
-        )
+    if source is None:
+        return read_recipe(path, template=template, overrides=overrides)
+    if path is not None or template is not None:
+        raise InputError("--from takes everything from that run; leave --recipe and --template out")
+    return read_kept_recipe(source, model, overrides)
+
+
+def _given(context: typer.Context) -> "Iterator[Override]":
+    """Yield what the options on the command line say; those that were not given say nothing."""
+    from psenet.recipe import Override
+
+    options = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+    for name, keys in KEYS.items():
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            value = context.params[name]
+            plain = str(value) if isinstance(value, Path) else value
+            yield from (Override(tuple(key.split(".")), plain, options[name]) for key in keys)

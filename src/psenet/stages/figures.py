@@ -13,7 +13,6 @@ from psenet.latency import Latency, measure_latency
 from psenet.result import FORMAT, hardware, net_record, versions
 from psenet.stages.finetune import Finalist
 from psenet.stages.run import Run
-from psenet.stages.search import Search
 
 
 def figures(run: Run, *, baseline: nn.Module, nets: Mapping[str, Finalist], kept: str) -> dict[str, Any]:
@@ -37,25 +36,6 @@ def figures(run: Run, *, baseline: nn.Module, nets: Mapping[str, Finalist], kept
         "seconds": {**seconds, "total": round(sum(seconds.values()), 2)},
         "settings": run.config.as_dict(),
     }
-
-
-def search_record(search: Search, *, num_visits: int, kept: str) -> dict[str, Any]:
-    """Return what `result.json` says of the search."""
-    record: dict[str, Any] = {
-        "num_evaluations": len(search.found.evaluated),
-        "best_score": search.best.score,
-        "history": num_visits,
-        "kept": kept,
-    }
-    if search.measured is not None:
-        record["latency"] = {
-            "searched_within_ms": search.limits.latency_ms,
-            "predicted_ms": round(search.measured.predicted_ms, 4),
-            "measured_ms": round(search.measured.measured_ms, 4),
-            "keeps_budget": search.measured.keeps_budget,
-            "rounds": search.measured.num_rounds,
-        }
-    return record
 
 
 def plain_budget(budget: Budget) -> dict[str, int | float | str]:

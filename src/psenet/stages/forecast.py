@@ -8,9 +8,12 @@ from psenet.inputs import num_samples
 from psenet.stages.run import Run
 from psenet.supernet import Supernet
 
+STEPS = {"train": ("baseline", "supernet"), "search": ("search",), "finetune": ("finetune",), "export": ()}
+"""What the time of each stage is made of."""
 
-def announce(run: Run) -> None:
-    """Say what will be done and how long it will take."""
+
+def announce(run: Run, *, stage: str | None = None) -> None:
+    """Say what will be done, all of it or one stage, and how long that will take."""
     space, full = run.space, run.space.full()
     least = space.macs(space.smallest()) / space.macs(full)
     run.say(
@@ -19,8 +22,11 @@ def announce(run: Run) -> None:
     )
     run.say(f"budget: {run.limits.describe(space)}")
     seconds = estimate(run)
-    stages = ", ".join(f"{stage} {say_duration(time)}" for stage, time in seconds.items() if time > 0)
-    run.say(f"expected time: about {say_duration(sum(seconds.values()))} ({stages})")
+    if stage is not None:
+        seconds = {name: time for name, time in seconds.items() if name in STEPS[stage]}
+    if seconds:
+        stages = ", ".join(f"{name} {say_duration(time)}" for name, time in seconds.items() if time > 0)
+        run.say(f"expected time: about {say_duration(sum(seconds.values()))} ({stages})")
 
 
 def estimate(run: Run) -> dict[str, float]:

@@ -1,10 +1,12 @@
 """The search stage: the best candidate inside the budget, measured where the budget is on latency."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from psenet.budget import Limits, uniform_widths
 from psenet.devices import on_device
+from psenet.errors import InputError
 from psenet.estimate import say_duration
 from psenet.evaluate import SupernetScore, soft_accuracy
 from psenet.evolution import search
@@ -14,7 +16,7 @@ from psenet.history import History
 from psenet.predictor import Predictor
 from psenet.prior import Prior
 from psenet.progress import progress_bar
-from psenet.rundir import write_json
+from psenet.rundir import read_json, write_json
 from psenet.stages.run import Run
 from psenet.supernet import Supernet
 from psenet.widths import Widths
@@ -22,20 +24,73 @@ from psenet.widths import Widths
 _LONG_SECONDS = 30.0
 
 
+SEARCHED = "stages/search.json"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Search:
     """What the search found."""
 
+    widths: Widths
+    """The best candidate."""
+    limits: Limits
+    """What it was found within: the budget, or tighter limits where predicted latency promised too much."""
+    record: Mapping[str, Any]
+    """What `result.json` says of the search."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Chosen:
     found: SearchResult
     best: Evaluation
     limits: Limits
-    """What it searched within: the budget, or tighter limits where predicted latency promised too much."""
     measured: Measured | None = None
     """With a budget on latency."""
 
+    def record(self, num_visits: int) -> dict[str, Any]:
+        record: dict[str, Any] = {
+            "num_evaluations": len(self.found.evaluated),
+            "best_score": self.best.score,
+            "history": num_visits,
+        }
+        if self.measured is not None:
+            record["latency"] = {
+                "searched_within_ms": self.limits.latency_ms,
+                "predicted_ms": round(self.measured.predicted_ms, 4),
+                "measured_ms": round(self.measured.measured_ms, 4),
+                "keeps_budget": self.measured.keeps_budget,
+                "rounds": self.measured.num_rounds,
+            }
+        return record
+
 
 def search_best(run: Run, *, supernet: Supernet, history: History) -> Search:
-    """Return the best candidate; a study that is there already goes on."""
+    """Return the best candidate; a study that is there already goes on, and a finished search is read again."""
+    path = run.folder.file(SEARCHED)
+    if not path.exists():
+        chosen = _search(run, supernet, history)
+        content = {"widths": dict(chosen.best.widths), "limits": vars(chosen.limits)}
+        write_json(path, {**content, "record": chosen.record(len(history))})
+    return read_search(run)
+
+
+def read_search(run: Run) -> Search:
+    """Return what a finished search found.
+
+    Raises:
+        InputError: Its file is missing or damaged.
+    """
+    path = run.folder.file(SEARCHED)
+    content = read_json(path)
+    try:
+        widths, limits = Widths(content["widths"]), Limits(**content["limits"])
+        run.space.check(widths)
+        return Search(widths=widths, limits=limits, record=dict(content["record"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is damaged; delete it and resume to search again: {error}") from error
+
+
+def _search(run: Run, supernet: Supernet, history: History) -> _Chosen:
     run.say(f"searching, {run.config.num_evaluations} candidates")
     run.seed(3)
     with run.folder.stage("search"), on_device(supernet, run.device):
@@ -43,11 +98,10 @@ def search_best(run: Run, *, supernet: Supernet, history: History) -> Search:
         searcher = _Searcher(run, score, Prior.fit(history, run.space), Predictor.fit(history, run.space))
         if run.limits.latency_ms is None:
             found = searcher(run.limits)
-            chosen = Search(found=found, best=found.best, limits=run.limits)
+            chosen = _Chosen(found=found, best=found.best, limits=run.limits)
         else:
             chosen = _search_measured(run, searcher, supernet)
     best, found = chosen.best, chosen.found
-    write_json(run.folder.file("stages/search.json"), {"widths": dict(best.widths), "score": best.score})
     run.say(
         f"winner: score {best.score:.2f} at {best.macs / 1e6:.1f}M MACs, best of {len(found.evaluated)}; "
         "the score is the mean probability of the true class on validation data, in percent"
@@ -104,7 +158,7 @@ def _say_at_quarters(run: Run, state: SearchProgress) -> None:
         )
 
 
-def _search_measured(run: Run, searcher: _Searcher, supernet: Supernet) -> Search:
+def _search_measured(run: Run, searcher: _Searcher, supernet: Supernet) -> _Chosen:
     """Search with a budget on latency: the winner keeps it when measured, or the run says by how much it fails."""
 
     def measure_ms(widths: Sequence[Widths]) -> list[float]:
@@ -121,4 +175,4 @@ def _search_measured(run: Run, searcher: _Searcher, supernet: Supernet) -> Searc
         f"latency of the winner: measured {measured.measured_ms:.3g} ms, {verdict} the budget of {goal_ms:.3g} ms"
         f"{allowed}; predicted {measured.predicted_ms:.3g} ms"
     )
-    return Search(found=measured.found, best=measured.best, limits=measured.limits, measured=measured)
+    return _Chosen(found=measured.found, best=measured.best, limits=measured.limits, measured=measured)
