@@ -1,6 +1,6 @@
 """How well, and how soon, each training strategy ranks subnets: against the same subnets trained alone.
 
-    python benchmarks/ranking.py --data FOLDER                    every strategy, six minutes a seed on two cores
+    python benchmarks/ranking.py --data FOLDER                    every strategy; under 20 minutes on two cores
     python benchmarks/ranking.py --data FOLDER --from-scratch     the same, from new weights
     python benchmarks/ranking.py --data FOLDER --truth            train the subnets alone again, about an hour
     python benchmarks/ranking.py --data FOLDER --channel-bench F  the published ground truth of a wider net, on a GPU
@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--truth", action="store_true", help="train the subnets alone and stop")
     parser.add_argument("--workers", type=int, default=2, help="trainings at a time; 1 on a GPU")
     parser.add_argument("--channel-bench", type=Path, help="ground truth of all 16,384 subnets (json.gz); needs a GPU")
-    parser.add_argument("--epochs", type=int, default=4, help="epochs of the unit of a strategy's training")
+    parser.add_argument("--epochs", type=int, default=2, help="epochs of the unit of a strategy's training")
     parser.add_argument("--from-scratch", action="store_true", help="start from new weights, as the papers do")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--strategies", nargs="+", default=list(LENGTHS))

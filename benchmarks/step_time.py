@@ -31,7 +31,7 @@ from psenet.models import build_model
 from psenet.space import WidthSpace
 from psenet.training.config import TrainConfig
 from psenet.training.losses import cross_entropy
-from psenet.training.steps import Task, train_together
+from psenet.training.steps import Objective, train_together
 from psenet.training.strategies import ParallelStrategy, Strategy, make_strategy
 from psenet.widths import Widths
 
@@ -46,7 +46,7 @@ CASES: tuple[Model, ...] = (
 SERIAL = ("sandwich", "bilateral", "single-path")
 LEAST_ROUNDS, MOST_ROUNDS = 3, 30
 NUMBERS, BATCH_SIZES = (1, 2, 4, 8, 16, 32), (32, 64, 128, 256)
-TASK = Task(cross_entropy(), TrainConfig())
+TASK = Objective(cross_entropy(), TrainConfig())
 Step = Callable[[], Any]
 
 

@@ -107,7 +107,7 @@ def export_weights_only(
     paths = save_weights(module, folder, widths=widths, details=details)
     return ExportReport(
         paths={path.name: path for path in paths},
-        bytes={},
+        bytes={path.name: path.stat().st_size for path in paths},
         onnx_max_relative_difference=None,
         onnx_opset=None,
         batch_is_dynamic=False,

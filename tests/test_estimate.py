@@ -8,6 +8,7 @@ from torch import nn
 import psenet
 from psenet import estimate
 from psenet.estimate import estimate_seconds, say_duration
+from psenet.training.losses import cross_entropy
 
 _OPTIONS: dict[str, Any] = {
     "steps": {"baseline": 10, "supernet": 20, "finetune": 8},
@@ -18,6 +19,7 @@ _OPTIONS: dict[str, Any] = {
     "num_evaluations": 5,
     "keep_ratio": 0.5,
     "device": torch.device("cpu"),
+    "loss_fn": cross_entropy(),
 }
 
 

@@ -117,7 +117,7 @@ def test_the_record_has_the_documented_structure(finished: _Finished):
     record = finished.record
     assert record == finished.result.record
     assert list(record) == [
-        *("format", "model", "data", "budget", "accuracy_on", "seed", "versions", "hardware"),
+        *("format", "model", "data", "budget", "score_name", "score_unit", "accuracy_on", "seed", "versions", "hardware"),
         *("baseline", "pruned", "searched", "uniform"),
         *("widths", "searched_widths", "uniform_widths", "full_widths"),
         *("seconds", "settings", "search", "export"),
@@ -369,7 +369,7 @@ def test_the_searched_net_is_kept_if_it_leads_by_more_than_a_standard_error(
         compared.append((net[0].weight.shape[0], other[0].weight.shape[0]))
         return lead, 1.0
 
-    monkeypatch.setattr("psenet.stages.finetune.paired_difference", difference)
+    monkeypatch.setattr("psenet.task.paired_difference", difference)
     lines: list[str] = []
     result = prune_net(tmp_path / "run", say=lines.append)
     record = result.record

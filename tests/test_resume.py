@@ -81,8 +81,8 @@ _PLACES = {
     "start of the baseline": ("psenet.training.plain.mixed_loss", 2),
     "start of the supernet": ("psenet.training.steps.mixed_loss", 2),
     # One score is asked for each candidate.
-    "search": ("psenet.stages.search.soft_accuracy", 4),
-    "choice": ("psenet.stages.finetune.paired_difference", 1),
+    "search": ("psenet.task.soft_accuracy", 4),
+    "choice": ("psenet.task.paired_difference", 1),
     # Between a stage's work and its result.
     "writing the baseline": ("psenet.rundir.write_bytes", 1),
     "writing the supernet": ("psenet.rundir.write_bytes", 2),
@@ -116,8 +116,8 @@ def test_a_run_that_was_interrupted_again_and_again_ends_as_if_it_had_not_been(
         ("psenet.training.plain.mixed_loss", 4),
         ("psenet.training.plain.mixed_loss", 3),
         ("psenet.training.steps.mixed_loss", 5),
-        ("psenet.stages.search.soft_accuracy", 2),
-        ("psenet.stages.search.soft_accuracy", 3),
+        ("psenet.task.soft_accuracy", 2),
+        ("psenet.task.soft_accuracy", 3),
         ("psenet.training.plain.mixed_loss", 5),
         ("psenet.training.plain.mixed_loss", 6),
         ("psenet.pipeline.export_model", 1),
@@ -163,7 +163,7 @@ def test_a_finished_run_is_shown_again_without_training(
     for name in ("train_model", "train_supernet", "order_channels"):
         monkeypatch.setattr(f"psenet.stages.train.{name}", refuse)
     monkeypatch.setattr("psenet.evaluate.SupernetScore.__call__", refuse)
-    monkeypatch.setattr("psenet.stages.figures.accuracy", refuse)  # test data is used once
+    monkeypatch.setattr("psenet.task.accuracy", refuse)  # test data is used once
     monkeypatch.setattr("psenet.stages.figures.measure_latency", refuse)
     before = (run / "result.json").read_bytes()
     again = prune_net(run, resume=True, say=lines.append)

@@ -25,6 +25,7 @@ from psenet.reading import trace
 from psenet.runners import Runner
 from psenet.space import ChannelGroup, Frozen, WidthSpace
 from psenet.supernet import Supernet
+from psenet.task import Task
 from psenet.training import TrainConfig, make_strategy, train_model, train_supernet
 from psenet.widths import Widths
 
@@ -43,6 +44,7 @@ __all__ = [
     "Runner",
     "Supernet",
     "SupernetScore",
+    "Task",
     "TrainConfig",
     "WidthSpace",
     "Widths",

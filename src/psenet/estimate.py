@@ -8,15 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from psenet.budget import Limits
 from psenet.devices import to_device
 from psenet.inputs import Inputs, as_arguments, num_samples
 from psenet.supernet import Supernet
 from psenet.training.config import TrainConfig
-from psenet.training.losses import cross_entropy
-from psenet.training.steps import Task
+from psenet.training.losses import LossFn
+from psenet.training.steps import Objective
 from psenet.training.strategies import make_strategy
 
 _WARMUP, _MEASURED = 1, 4
@@ -25,8 +24,9 @@ _WARMUP, _MEASURED = 1, 4
 def estimate_seconds(
     model: nn.Module,
     supernet: Supernet,
-    batch: tuple[Inputs, torch.Tensor],
+    batch: tuple[Inputs, Any],
     *,
+    loss_fn: LossFn,
     steps: Mapping[str, int],
     num_subnets: int,
     strategy: str,
@@ -43,6 +43,7 @@ def estimate_seconds(
         model: The full model.
         supernet: Its supernet.
         batch: A training batch (x, labels).
+        loss_fn: (outputs, labels) to one loss per sample.
         steps: Optimizer steps of `baseline`, `supernet` and `finetune` (the last counts both nets).
         num_subnets: Subnets per parallel step.
         strategy: The training strategy.
@@ -53,17 +54,17 @@ def estimate_seconds(
         keep_ratio: MACs of the nets to fine-tune as a share of the full model's.
         device: Where the run will train.
     """
-    x, labels = to_device(batch[0], device), batch[1].to(device)
+    x, labels = to_device(batch, device)
     size = num_samples(x)
     plain = copy.deepcopy(model).to(device).train()
-    plain_seconds = _median_seconds(lambda: _step(plain, plain(*as_arguments(x)), labels))
+    plain_seconds = _median_seconds(lambda: _step(plain, plain(*as_arguments(x)), labels, loss_fn))
     elastic = copy.deepcopy(supernet).to(device).train()
     chosen = make_strategy(strategy, supernet.space, num_subnets=num_subnets, seed=0, focus=focus)
-    task = Task(cross_entropy(), TrainConfig())
+    objective = Objective(loss_fn, TrainConfig())
 
     def supernet_step() -> None:
         elastic.zero_grad()
-        chosen.train(elastic, x, labels, chosen.next_widths(), task, torch.Tensor.backward)
+        chosen.train(elastic, x, labels, chosen.next_widths(), objective, torch.Tensor.backward)
 
     supernet_seconds = _median_seconds(supernet_step)
     with torch.no_grad():
@@ -85,9 +86,9 @@ def say_duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _step(module: nn.Module, outputs: Any, labels: torch.Tensor) -> None:
+def _step(module: nn.Module, outputs: Any, labels: Any, loss_fn: LossFn) -> None:
     module.zero_grad()
-    F.cross_entropy(outputs, labels).backward()
+    loss_fn(outputs, labels).mean().backward()
 
 
 def _median_seconds(run: Callable[[], Any]) -> float:

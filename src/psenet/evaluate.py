@@ -20,6 +20,8 @@ from psenet.inputs import as_arguments
 from psenet.memory_format import ImageLayout
 from psenet.widths import Widths
 
+IGNORED = -100
+"""The label of places that do not count, torch's own."""
 ForwardFn = Callable[[nn.Module, Any], Any]
 """`forward_fn(module, batch)` runs the module on one batch and returns its outputs."""
 ScoreFn = Callable[[nn.Module, list[Any]], float]
@@ -87,7 +89,7 @@ def accuracy(module: nn.Module, batches: Iterable[Any], *, forward_fn: ForwardFn
     Args:
         module: Returns logits of shape (B, classes), or (B, classes, ...) for dense labels. Its training flags are as
             before afterwards.
-        batches: Pairs (x, y), y the class numbers, shape (B,) or (B, ...).
+        batches: Pairs (x, y), y the class numbers, shape (B,) or (B, ...); labels -100 do not count.
         forward_fn: Runs the module on one batch; by default `module(batch[0])`.
 
     Returns:
@@ -99,7 +101,7 @@ def accuracy(module: nn.Module, batches: Iterable[Any], *, forward_fn: ForwardFn
     """
     run = forward_fn or _forward_first
     num_correct: torch.Tensor | int = 0
-    num_labels = 0
+    num_labels: torch.Tensor | int = 0
     all_finite: torch.Tensor | bool = True
     place = device_of(module)
     with eval_mode(module), torch.no_grad():
@@ -108,10 +110,10 @@ def accuracy(module: nn.Module, batches: Iterable[Any], *, forward_fn: ForwardFn
             logits, labels = _checked(run(module, batch), batch)
             num_correct = num_correct + (logits.argmax(dim=1) == labels).sum()
             all_finite = torch.isfinite(logits).all() & all_finite
-            num_labels += labels.numel()
+            num_labels = num_labels + (labels != IGNORED).sum()
     if num_labels == 0:
         raise InputError("accuracy needs at least one labelled sample; got none: check the validation data")
-    return 100.0 * float(num_correct) / num_labels if bool(all_finite) else math.nan
+    return 100.0 * float(num_correct) / float(num_labels) if bool(all_finite) else math.nan
 
 
 def soft_accuracy(module: nn.Module, batches: Iterable[Any], *, forward_fn: ForwardFn | None = None) -> float:
@@ -125,17 +127,19 @@ def soft_accuracy(module: nn.Module, batches: Iterable[Any], *, forward_fn: Forw
     """
     run = forward_fn or _forward_first
     total: torch.Tensor | float = 0.0
-    num_labels = 0
+    num_labels: torch.Tensor | int = 0
 
     def run_and_add(module: nn.Module, batch: Any) -> Any:
         nonlocal total, num_labels
         logits, labels = _checked(run(module, batch), batch)
-        total = total + logits.float().softmax(dim=1).gather(1, labels.unsqueeze(1)).sum()
-        num_labels += labels.numel()
+        counts = labels != IGNORED
+        true = logits.float().softmax(dim=1).gather(1, (labels * counts).unsqueeze(1)).squeeze(1)
+        total = total + (true * counts).sum()
+        num_labels = num_labels + counts.sum()
         return logits
 
     is_finite = math.isfinite(accuracy(module, batches, forward_fn=run_and_add))
-    return 100.0 * float(total) / num_labels if is_finite else math.nan
+    return 100.0 * float(total) / float(num_labels) if is_finite else math.nan
 
 
 def paired_difference(
@@ -157,7 +161,7 @@ def paired_difference(
         Difference and standard error, both in points of a percent.
     """
     run = forward_fn or _forward_first
-    differences = []
+    differences, num_labels = [], 0
     with eval_mode(module), eval_mode(other), torch.no_grad():
         for batch in batches:
             right = []
@@ -165,11 +169,33 @@ def paired_difference(
                 logits, labels = _checked(run(net, to_device(batch, device_of(net))), batch)
                 right.append((logits.argmax(dim=1).cpu() == labels.cpu()).flatten().double())
             differences.append(right[0] - right[1])
-    if not any(map(len, differences)):
+            num_labels += int((batch[1] != IGNORED).sum())
+    if num_labels == 0:
         raise InputError("comparing two nets needs at least one labelled sample; got none: check the validation data")
     difference = torch.cat(differences)
-    scale = 100 / len(difference)
+    scale = 100 / num_labels
     return scale * float(difference.sum()), scale * math.sqrt(float(difference.square().sum()))
+
+
+def batch_difference(
+    module: nn.Module, other: nn.Module, batches: Sequence[Any], score_fn: ScoreFn
+) -> tuple[float, float]:
+    """Return by how much a module's score exceeds another's, and the standard error of that, from any score.
+
+    The error is that of the mean of the differences on single batches; of a single batch it is not known: infinite.
+
+    Args:
+        module: What is scored.
+        other: What it is compared with.
+        batches: Best many small ones.
+        score_fn: (module, batches) to a score.
+    """
+    with eval_mode(module), eval_mode(other), torch.no_grad():
+        difference = score_fn(module, list(batches)) - score_fn(other, list(batches))
+        singles = [score_fn(module, [batch]) - score_fn(other, [batch]) for batch in batches]
+    if len(singles) < 2:
+        return difference, math.inf
+    return difference, float(torch.tensor(singles, dtype=torch.float64).std()) / math.sqrt(len(singles))
 
 
 class SupernetScore:

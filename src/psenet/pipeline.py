@@ -31,6 +31,7 @@ from psenet.stages.search import SEARCHED, Search, search_best
 from psenet.stages.start import TRAINED, Job, shape_of, silent, start_run
 from psenet.stages.train import trained_baseline, trained_supernet
 from psenet.supernet import Supernet
+from psenet.task import CLASSIFICATION, Task
 from psenet.widths import Widths
 
 _RESULT = "result.json"
@@ -59,6 +60,7 @@ def prune(
     budget: Budget,
     test_loader: DataLoader | None = None,
     calibration_loader: DataLoader | None = None,
+    task: Task | None = None,
     out: str | Path | None = None,
     config: PruneConfig | None = None,
     resume: bool = False,
@@ -67,10 +69,10 @@ def prune(
     say: Say | None = None,
     show_progress: bool = False,
 ) -> PruneResult:
-    """Prune a classification model to a budget.
+    """Prune a model to a budget.
 
     Args:
-        model: Any traceable CNN, logits (B, classes); it is not changed.
+        model: Any traceable CNN; it is not changed. Without a `task` its outputs are logits (B, classes).
         example_input: One sample, shape (1, ...), or a tuple of the model's arguments with one sample each.
         train_loader: Batches (x, labels) to train on; x may be a tuple or list of arguments.
         val_loader: Batches to choose candidates by.
@@ -78,6 +80,7 @@ def prune(
         test_loader: Batches for the final figures; nothing else sees them. None: the figures are on `val_loader`, which
             chose the pruned net, so they flatter it; the record says so.
         calibration_loader: Batches for batch-norm statistics of candidates. None: a few training batches.
+        task: The loss and the score of another task than classification.
         out: The run directory (see `psenet.rundir`). None: a new temporary folder, see `export.paths` of the result.
         config: All other settings; None for the defaults.
         resume: Continue the run in `out`, if there is one.
@@ -102,6 +105,7 @@ def prune(
         calibration_loader=calibration_loader,
         budget=budget,
         config=config or PruneConfig(),
+        task=task or CLASSIFICATION,
         names=description or {},
         workers=workers,
         say=say or silent,

@@ -58,7 +58,7 @@ def test_the_gradient_of_distillation_is_the_difference_of_the_softened_distribu
 def test_label_loss_and_distillation_are_mixed_by_weight():
     student, teacher, labels = _logits(0), _logits(1), torch.arange(7) % 5
     config = TrainConfig(distill_weight=0.3, distill_temperature=2.0)
-    mixed = mixed_loss(cross_entropy(), config, student, labels, teacher)
+    mixed = mixed_loss(cross_entropy(), config, student, labels, teacher, num_samples=7)
     label_loss = -log_softmax(student.numpy(), axis=1)[np.arange(7), labels]
     np.testing.assert_allclose(mixed.numpy(), 0.7 * label_loss + 0.3 * _divergence(student, teacher, 2.0), rtol=1e-10)
 

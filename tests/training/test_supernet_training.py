@@ -15,7 +15,7 @@ from psenet.errors import InputError
 from psenet.history import History
 from psenet.training import TrainConfig, TrainingDivergedError, make_strategy, train_supernet
 from psenet.training.loop import load_checkpoint
-from psenet.training.steps import Backward, Task, train_distilled, train_on_both_sides, train_together
+from psenet.training.steps import Backward, Objective, train_distilled, train_on_both_sides, train_together
 from psenet.widths import Widths
 
 
@@ -249,11 +249,16 @@ class _HardestOnly(_Given):
 
     @staticmethod
     def train(
-        supernet: nn.Module, x: Any, labels: torch.Tensor, widths: Sequence[Widths], task: Task, backward: Backward
+        supernet: nn.Module,
+        x: Any,
+        labels: torch.Tensor,
+        widths: Sequence[Widths],
+        objective: Objective,
+        backward: Backward,
     ) -> torch.Tensor:
-        loss = task.losses(supernet(x, widths[0]), x, labels).mean()
+        loss = objective.losses(supernet(x, widths[0]), x, labels).mean()
         backward(2 * loss)
-        backward(task.loss_fn(supernet(x, widths[0], from_right=True), labels).mean())
+        backward(objective.loss_fn(supernet(x, widths[0], from_right=True), labels).mean())
         return loss.detach()[None]
 
 
@@ -283,25 +288,30 @@ def test_a_strategy_of_ones_own_trains_in_its_own_way():
     np.testing.assert_allclose(history.losses, [loss.item()], rtol=1e-9)
 
 
-def test_a_strategy_of_ones_own_gets_the_task_of_the_training():
-    tasks: list[tuple[Task, int]] = []
+def test_a_strategy_of_ones_own_gets_the_objective_of_the_training():
+    objectives: list[tuple[Objective, int]] = []
 
     class Noting(_Given):
         @staticmethod
         def train(
-            supernet: nn.Module, x: Any, labels: torch.Tensor, widths: Sequence[Widths], task: Task, backward: Backward
+            supernet: nn.Module,
+            x: Any,
+            labels: torch.Tensor,
+            widths: Sequence[Widths],
+            objective: Objective,
+            backward: Backward,
         ) -> torch.Tensor:
-            tasks.append((task, len(x)))
-            return train_together(supernet, x, labels, widths, task, backward)
+            objectives.append((objective, len(x)))
+            return train_together(supernet, x, labels, widths, objective, backward)
 
     supernet, teacher = make_supernet(dtype=torch.float64), make_net(seed=4, dtype=torch.float64)
     config = TrainConfig(epochs=1, learning_rate=1e-300, distill_weight=0.3)
     _train(supernet, Noting([_STEPS["two"]]), size=12, config=config, teacher=teacher)
-    assert [size for _, size in tasks] == [8, 4]
-    assert all(task.config is config and task.teacher is teacher for task, _ in tasks)
-    tasks.clear()
+    assert [size for _, size in objectives] == [8, 4]
+    assert all(one.config is config and one.teacher is teacher for one, _ in objectives)
+    objectives.clear()
     _train(supernet, Noting([_STEPS["two"]]), size=8, teacher=teacher)  # its outputs have no weight
-    assert [task.teacher for task, _ in tasks] == [None]
+    assert [one.teacher for one, _ in objectives] == [None]
 
 
 @pytest.mark.parametrize("strategy", ["parallel", "bilateral", "single-path", "of one's own"])

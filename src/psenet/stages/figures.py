@@ -8,7 +8,6 @@ from torch import nn
 
 from psenet.budget import Budget
 from psenet.devices import on_device
-from psenet.evaluate import accuracy
 from psenet.latency import Latency, measure_latency
 from psenet.result import FORMAT, hardware, net_record, versions
 from psenet.stages.finetune import Finalist
@@ -23,6 +22,8 @@ def figures(run: Run, *, baseline: nn.Module, nets: Mapping[str, Finalist], kept
         "format": FORMAT,
         **run.names,
         "budget": plain_budget(run.budget),
+        "score_name": run.task.score_name,
+        "score_unit": run.task.score_unit,
         "accuracy_on": "validation data" if run.loaders.test is None else "test data",
         "seed": run.config.seed,
         "versions": versions(),
@@ -46,16 +47,14 @@ def plain_budget(budget: Budget) -> dict[str, int | float | str]:
 def _records(run: Run, baseline: nn.Module, nets: Mapping[str, Finalist]) -> dict[str, dict[str, Any]]:
     test = run.loaders.validation if run.loaders.test is None else run.loaders.test
     latency = _latencies(run, {"baseline": baseline, **{name: net.module for name, net in nets.items()}})
-    full = net_record(
-        run.space, run.space.full(), latency=latency["baseline"], accuracy=run.score(baseline, accuracy, test)
-    )
+    full = net_record(run.space, run.space.full(), latency=latency["baseline"], accuracy=run.score(baseline, test))
     records = {
         name: net_record(
             run.space,
             net.widths,
             latency=latency[name],
-            accuracy=run.score(net.module, accuracy, test),
-            before_finetune=run.score(net.before, accuracy, test),
+            accuracy=run.score(net.module, test),
+            before_finetune=run.score(net.before, test),
         )
         for name, net in nets.items()
     }

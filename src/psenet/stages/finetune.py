@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from psenet.devices import on_device
-from psenet.evaluate import accuracy, paired_difference, recalibrate
+from psenet.evaluate import recalibrate
 from psenet.stages.run import Run
 from psenet.supernet import Supernet
 from psenet.training.plain import train_model
@@ -36,6 +36,7 @@ def fine_tuned(run: Run, name: str, widths: Widths, *, supernet: Supernet, basel
                 net,
                 run.loaders.train,
                 config=run.config.finetune,
+                loss_fn=run.task.loss(run.config.finetune),
                 teacher=baseline,
                 checkpoint=run.folder.checkpoint(name),
                 record=run.recorder(name),
@@ -54,12 +55,12 @@ def choose(run: Run, searched: Finalist, uniform: Finalist) -> str:
     more than a standard error to be kept: what cannot be told apart from the plain net is not worth its trouble.
     """
     if searched is uniform:
-        score = run.score(searched.module, accuracy)
-        run.say(f"fine-tuned, on validation data: {score:.2f} %; the search returned the uniform widths")
+        shown = run.task.show(run.score(searched.module))
+        run.say(f"fine-tuned, on validation data: {shown}; the search returned the uniform widths")
         return "searched"
     with on_device(searched.module, run.device), on_device(uniform.module, run.device):
-        lead, error = paired_difference(searched.module, uniform.module, run.loaders.validation)
+        lead, error = run.task.difference(searched.module, uniform.module, run.loaders.validation)
     kept = "searched" if lead > error else "uniform"
-    shown = f"{run.score(uniform.module, accuracy):.2f} %, the searched one {lead:+.2f} points (+- {error:.2f})"
+    shown = f"{run.task.show(run.score(uniform.module))}, the searched one {lead:+.2f} points (+- {error:.2f})"
     run.say(f"fine-tuned, on validation data: the uniform net {shown}; the {kept} one is kept")
     return kept

@@ -42,6 +42,7 @@ def estimate(run: Run) -> dict[str, float]:
         run.model,
         supernet,
         (batch[0], batch[1]),
+        loss_fn=run.task.loss(config.supernet),
         steps={
             "baseline": 0 if config.trained else config.baseline.epochs * epoch,
             "supernet": config.supernet.epochs * epoch,

@@ -11,9 +11,11 @@ from torch.utils.data import DataLoader
 from psenet.budget import Budget, Limits
 from psenet.config import PruneConfig
 from psenet.devices import on_device
+from psenet.evaluate import eval_mode
 from psenet.inputs import Inputs
 from psenet.rundir import RunDirectory
 from psenet.space import WidthSpace
+from psenet.task import Task
 from psenet.training.curves import Curves, Recorder
 
 Say = Callable[[str], None]
@@ -45,6 +47,7 @@ class Run:
     """The budget, worked out for the space."""
     space: WidthSpace
     config: PruneConfig
+    task: Task
     folder: RunDirectory
     names: dict[str, str]
     """`model` and `data` as a person would name them."""
@@ -60,10 +63,10 @@ class Run:
         """What supernet training focuses on."""
         return self.limits if self.config.focus else None
 
-    def score(self, net: nn.Module, score_fn: Callable[[nn.Module, Any], float], batches: Any = None) -> float:
+    def score(self, net: nn.Module, batches: Any = None) -> float:
         """Return a net's score on the validation data, or on other batches."""
-        with on_device(net, self.device):
-            return score_fn(net, self.loaders.validation if batches is None else batches)
+        with on_device(net, self.device), eval_mode(net), torch.no_grad():
+            return self.task.score(net, self.loaders.validation if batches is None else batches)
 
     def recorder(self, training: str) -> Recorder:
         """Return what is told of every epoch of a training: the file of the run's curves."""

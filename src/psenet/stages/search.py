@@ -8,7 +8,7 @@ from psenet.budget import Limits, uniform_widths
 from psenet.devices import on_device
 from psenet.errors import InputError
 from psenet.estimate import say_duration
-from psenet.evaluate import SupernetScore, soft_accuracy
+from psenet.evaluate import SupernetScore
 from psenet.evolution import search
 from psenet.finalists import Measured, measure_beside_full, search_measured
 from psenet.found import Evaluation, SearchProgress, SearchResult
@@ -94,7 +94,7 @@ def _search(run: Run, supernet: Supernet, history: History) -> _Chosen:
     run.say(f"searching, {run.config.num_evaluations} candidates")
     run.seed(3)
     with run.folder.stage("search"), on_device(supernet, run.device):
-        score = SupernetScore(supernet, run.loaders.calibration, run.loaders.validation, score_fn=soft_accuracy)
+        score = SupernetScore(supernet, run.loaders.calibration, run.loaders.validation, score_fn=run.task.search_score)
         searcher = _Searcher(run, score, Prior.fit(history, run.space), Predictor.fit(history, run.space))
         if run.limits.latency_ms is None:
             found = searcher(run.limits)
@@ -104,7 +104,7 @@ def _search(run: Run, supernet: Supernet, history: History) -> _Chosen:
     best, found = chosen.best, chosen.found
     run.say(
         f"winner: score {best.score:.2f} at {best.macs / 1e6:.1f}M MACs, best of {len(found.evaluated)}; "
-        "the score is the mean probability of the true class on validation data, in percent"
+        f"the score is the {run.task.search_score_name} on validation data"
     )
     if found.predicted_rank_correlation is not None:
         run.say(

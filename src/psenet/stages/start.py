@@ -25,6 +25,7 @@ from psenet.rundir import RunDirectory, changed_settings, check_folder, read_jso
 from psenet.space import WidthSpace
 from psenet.stages.figures import plain_budget
 from psenet.stages.run import Loaders, Run, Say, seed_stage
+from psenet.task import CLASSIFICATION, Task
 from psenet.training.loop import make_accelerator
 
 _CALIBRATION_BATCHES = 8
@@ -50,6 +51,7 @@ class Job:
     test_loader: DataLoader | None = None
     calibration_loader: DataLoader | None = None
     config: PruneConfig = field(default_factory=PruneConfig)
+    task: Task = CLASSIFICATION
     names: Mapping[str, str] = field(default_factory=dict)
     """`model` and `data` as a person would name them."""
     workers: int = 1
@@ -121,6 +123,7 @@ def start_run(
         limits=limits,
         space=space,
         config=config,
+        task=job.task,
         folder=folder,
         names=_names(job),
         workers=job.workers,

@@ -2,7 +2,6 @@
 
 from torch import nn
 
-from psenet.evaluate import accuracy
 from psenet.history import History
 from psenet.importance import order_channels
 from psenet.stages.run import Run
@@ -22,6 +21,7 @@ def trained_baseline(run: Run) -> nn.Module:
                     run.model,
                     run.loaders.train,
                     config=run.config.baseline,
+                    loss_fn=run.task.loss(run.config.baseline),
                     checkpoint=run.folder.checkpoint("baseline"),
                     record=run.recorder("baseline"),
                     description="baseline",
@@ -29,7 +29,7 @@ def trained_baseline(run: Run) -> nn.Module:
                 )
             run.folder.save_weights("baseline", order_channels(run.model, run.space))
     run.folder.load_weights("baseline", run.model)
-    run.say(f"baseline: {run.score(run.model, accuracy):.2f} % on validation data")
+    run.say(f"baseline: {run.task.show(run.score(run.model))} on validation data")
     return run.model.eval()
 
 
@@ -50,6 +50,7 @@ def trained_supernet(run: Run, baseline: nn.Module) -> tuple[Supernet, History]:
             strategy=run.config.strategy,
             focus=run.focus,
             config=run.config.supernet,
+            loss_fn=run.task.loss(run.config.supernet),
             teacher=baseline if run.config.supernet.distill_weight else None,
             seed=run.config.seed,
             checkpoint=run.folder.checkpoint("supernet"),

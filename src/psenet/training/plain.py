@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from psenet.errors import InputError
-from psenet.inputs import as_arguments
+from psenet.inputs import as_arguments, num_samples
 from psenet.memory_format import ImageLayout, guarded_convolutions
 from psenet.training.config import TrainConfig
 from psenet.training.curves import Recorder
@@ -60,7 +60,8 @@ def train_model(
     def step(module: nn.Module, batch: Batch, number: int, backward: Callable[[torch.Tensor], None]) -> torch.Tensor:
         x, labels = batch
         x = layout(x)
-        loss = mixed_loss(loss_fn, config, module(*as_arguments(x)), labels, teach(teacher, x)).mean()
+        outputs, taught = module(*as_arguments(x)), teach(teacher, x)
+        loss = mixed_loss(loss_fn, config, outputs, labels, taught, num_samples=num_samples(x)).mean()
         backward(loss)
         return loss.detach()
 

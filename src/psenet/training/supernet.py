@@ -15,7 +15,7 @@ from psenet.training.config import TrainConfig
 from psenet.training.curves import Recorder
 from psenet.training.loop import Batch, fit
 from psenet.training.losses import LossFn, cross_entropy
-from psenet.training.steps import Task, train_distilled
+from psenet.training.steps import Objective, train_distilled
 from psenet.training.strategies import LearningStrategy, Strategy, make_strategy
 
 
@@ -74,14 +74,14 @@ def train_supernet(
     if config.distill_weight == 0:
         teacher = None
     history = History(supernet.space)
-    task = Task(loss_fn, config, teacher)
+    objective = Objective(loss_fn, config, teacher)
 
     def step(module: nn.Module, batch: Batch, number: int, backward: Callable[[torch.Tensor], None]) -> torch.Tensor:
         x, labels = batch
         if isinstance(chosen, LearningStrategy) and number and number % chosen.learns_every == 0:
             chosen.learn(history)
         widths = chosen.next_widths()
-        losses = chosen.train(module, x, labels, widths, task, backward)
+        losses = chosen.train(module, x, labels, widths, objective, backward)
         history.append(number, widths[: len(losses)], losses)
         return losses.mean()
 
