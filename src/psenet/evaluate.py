@@ -138,6 +138,20 @@ def soft_accuracy(module: nn.Module, batches: Iterable[Any], *, forward_fn: Forw
     return 100.0 * float(total) / num_labels if is_finite else math.nan
 
 
+def right_answers(module: nn.Module, batches: Iterable[Any], *, forward_fn: ForwardFn | None = None) -> torch.Tensor:
+    """Return which labels a module gets right, in eval mode: bool on the CPU, one for each label, in their order.
+
+    Takes and raises what `accuracy` does, but for NaN and no labels at all, which are no error here.
+    """
+    run, place = forward_fn or _forward_first, device_of(module)
+    right = [torch.empty(0, dtype=torch.bool)]
+    with eval_mode(module), torch.no_grad():
+        for batch in (to_device(batch, place) for batch in batches):
+            logits, labels = _checked(run(module, batch), batch)
+            right.append((logits.argmax(dim=1) == labels).flatten().cpu())
+    return torch.cat(right)
+
+
 def paired_difference(
     module: nn.Module, other: nn.Module, batches: Iterable[Any], *, forward_fn: ForwardFn | None = None
 ) -> tuple[float, float]:
@@ -156,18 +170,11 @@ def paired_difference(
     Returns:
         Difference and standard error, both in points of a percent.
     """
-    run = forward_fn or _forward_first
-    differences = []
-    with eval_mode(module), eval_mode(other), torch.no_grad():
-        for batch in batches:
-            right = []
-            for net in (module, other):
-                logits, labels = _checked(run(net, to_device(batch, device_of(net))), batch)
-                right.append((logits.argmax(dim=1).cpu() == labels.cpu()).flatten().double())
-            differences.append(right[0] - right[1])
-    if not any(map(len, differences)):
+    batches = list(batches)
+    right, right_other = (right_answers(net, batches, forward_fn=forward_fn).double() for net in (module, other))
+    difference = right - right_other
+    if not len(difference):
         raise InputError("comparing two nets needs at least one labelled sample; got none: check the validation data")
-    difference = torch.cat(differences)
     scale = 100 / len(difference)
     return scale * float(difference.sum()), scale * math.sqrt(float(difference.square().sum()))
 
