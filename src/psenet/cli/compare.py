@@ -86,7 +86,7 @@ def compare(
 # What is shown --------------------------------------------------------------------------------------------------------
 
 
-def nets_table(nets: Sequence[Net], right: "dict[str, np.ndarray]", samples: "np.ndarray", title: str) -> "Table":
+def nets_table(nets: "Sequence[Net]", right: "dict[str, np.ndarray]", samples: "np.ndarray", title: str) -> "Table":
     """Return the accuracy of each net, on all images and on samples."""
     from rich.table import Table
 
@@ -102,7 +102,7 @@ def nets_table(nets: Sequence[Net], right: "dict[str, np.ndarray]", samples: "np
     return table
 
 
-def pairs_table(pairs: Sequence[Pair], sample_size: int) -> "Table":
+def pairs_table(pairs: "Sequence[Pair]", sample_size: int) -> "Table":
     """Return the differences of the pairs, in points."""
     from rich.table import Table
 
@@ -129,7 +129,7 @@ def pairs_table(pairs: Sequence[Pair], sample_size: int) -> "Table":
     return table
 
 
-def _notes(pairs: Sequence[Pair], *, repeats: int, size: int, split: str) -> list[str]:
+def _notes(pairs: "Sequence[Pair]", *, repeats: int, size: int, split: str) -> list[str]:
     """Return how the figures were made and what limits them."""
     from psenet.contest import ERROR
 
@@ -153,10 +153,10 @@ def _sampled_accuracies(right: "np.ndarray", samples: "np.ndarray") -> "np.ndarr
 def _write(
     out: Path,
     settings: dict[str, Any],
-    nets: Sequence[Net],
+    nets: "Sequence[Net]",
     right: "dict[str, np.ndarray]",
     samples: "np.ndarray",
-    pairs: Sequence[Pair],
+    pairs: "Sequence[Pair]",
     notes: Sequence[str],
 ) -> None:
     """Write all figures as JSON."""
