@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import typer
 
-from psenet.cli import bench, compare, inspect, prune
+from psenet.cli import bench, compare, env, inspect, prune
 from psenet.errors import InputError
 
 USER_MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130
@@ -39,6 +39,7 @@ app.command("prune")(_stoppable(prune.prune))
 app.command("inspect")(_stoppable(inspect.inspect))
 app.command("bench")(_stoppable(bench.bench))
 app.command("compare")(_stoppable(compare.compare))
+app.command("env")(_stoppable(env.env))
 
 
 @app.callback()
