@@ -71,9 +71,11 @@ def compare(
     pairs = compared(names, right, samples, seed=seed)
     console.print(nets_table(nets, right, samples, f"{num_images} {split} images of {data}"))
     console.print(pairs_table(pairs, size))
+    console.print()
     for pair in pairs:
         console.print(verdict(pair.comparison, pair.first, pair.second), highlight=False)
-    notes = [*_notes(pairs, repeats=repeats, size=size, split=split), *held_out.notes]
+    notes = [*_notes(pairs, num_images=num_images, repeats=repeats, size=size, split=split), *held_out.notes]
+    console.print()
     for note in notes:
         console.print(f"note: {note}", highlight=False)
     if out is not None:
@@ -129,13 +131,14 @@ def pairs_table(pairs: "Sequence[Pair]", sample_size: int) -> "Table":
     return table
 
 
-def _notes(pairs: "Sequence[Pair]", *, repeats: int, size: int, split: str) -> list[str]:
+def _notes(pairs: "Sequence[Pair]", *, num_images: int, repeats: int, size: int, split: str) -> list[str]:
     """Return how the figures were made and what limits them."""
     from psenet.contest import ERROR
 
     notes = [
-        f"real means that the interval leaves zero out and that an exact McNemar test agrees; ± is the spread over "
-        f"{repeats} samples of {size} images, what a score on so few is worth"
+        "real means that the interval leaves zero out and that an exact McNemar test agrees",
+        f"± is the spread over {repeats} samples of {size} images: what a score on so few is worth; as all are drawn from "
+        f"the same {num_images}, they can agree on what is luck of these",
     ]
     if len(pairs) > 1:
         level = f"{100 * pairs[0].comparison.confidence:.4g} %"
