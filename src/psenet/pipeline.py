@@ -7,6 +7,7 @@ import copy
 import itertools
 import tempfile
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from psenet.errors import InputError
 from psenet.export import ExportReport, export_model
 from psenet.inputs import Inputs, tensors_in
 from psenet.latency_model import NUM_SUBNETS, LatencyModel
+from psenet.logs import Logs, check_tensorboard
 from psenet.progress import progress_bar
 from psenet.reading import trace
 from psenet.rundir import RunDirectory, check_folder, read_json, write_json
@@ -97,6 +99,8 @@ def prune(
         TrainingDivergedError: A loss became NaN; the last good checkpoint stays and `resume` continues from it.
     """
     config = config or PruneConfig()
+    if config.tensorboard:
+        check_tensorboard()
     names = {"model": type(model).__name__, "data": "loaders", **(description or {})}
     given = {"train": train_loader, "calibration": calibration_loader, "validation": val_loader, "test": test_loader}
     for name, loader in given.items():
@@ -147,6 +151,7 @@ def prune(
         space=space,
         config=config,
         folder=folder,
+        logs=Logs(out / "logs" if config.tensorboard else None),
         names=names,
         workers=workers,
         say=say,
@@ -155,7 +160,8 @@ def prune(
     )
     if (out / "result.json").exists():
         return _finished(run)
-    return _run_stages(run)
+    with closing(run.logs):
+        return _run_stages(run)
 
 
 def _run_stages(run: Run) -> PruneResult:

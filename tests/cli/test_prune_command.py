@@ -186,6 +186,7 @@ def test_every_option_reaches_the_run(asked: _Asked, tmp_path: Path):
         **{"--workers": 2},
     }
     given = [*(str(part) for pair in options.items() for part in pair), "--compile", "--focus", "--resume"]
+    given.append("--tensorboard")
     out = tmp_path / "run"
     ended = psenet("prune", "--model", MODEL, "--data", "digits", "--out", out, *given)
     assert (ended.code, ended.err) == (0, "")
@@ -194,6 +195,7 @@ def test_every_option_reaches_the_run(asked: _Asked, tmp_path: Path):
     assert asked.named["budget"] == Budget(macs="60%", params="100k", memory="90%", latency_ms="90%")
     assert (asked.named["out"], asked.named["resume"], asked.named["workers"]) == (out, True, 2)
     assert asked.named["description"] == {"model": MODEL, "data": "digits"}
+    assert config.tensorboard
     settings = config.as_dict()
     trainings = [settings.pop(name) for name in ("baseline", "supernet", "finetune")]
     assert settings == {

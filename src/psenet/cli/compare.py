@@ -137,8 +137,8 @@ def _notes(pairs: "Sequence[Pair]", *, num_images: int, repeats: int, size: int,
 
     notes = [
         "real means that the interval leaves zero out and that an exact McNemar test agrees",
-        f"± is the spread over {repeats} samples of {size} images: what a score on so few is worth; as all are drawn from "
-        f"the same {num_images}, they can agree on what is luck of these",
+        f"± is the spread over {repeats} samples of {size} images: what a score on so few is worth; all are drawn from "
+        f"the same {num_images}, so that they can agree on what is luck of these",
     ]
     if len(pairs) > 1:
         level = f"{100 * pairs[0].comparison.confidence:.4g} %"

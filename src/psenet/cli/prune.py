@@ -49,6 +49,7 @@ def prune(
     mixed_precision: Annotated[str, typer.Option(help="no, fp16 or bf16.")] = "no",
     workers: Annotated[int, typer.Option(min=1, help="Processes that score candidates.")] = 1,
     data_workers: Annotated[int, typer.Option(min=0, help="Processes that load data.")] = 0,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard logs to OUT/logs.")] = False,
 ) -> None:
     """Prune a model to a budget: train, search, fine-tune, export, compare.
 
@@ -60,6 +61,7 @@ def prune(
     from psenet.budget import Budget
     from psenet.config import PruneConfig
     from psenet.data import load_data, make_loader
+    from psenet.logs import check_tensorboard
     from psenet.models import build_model
     from psenet.pipeline import prune as run_pipeline
     from psenet.result import result_table
@@ -100,7 +102,10 @@ def prune(
             batch_size=latency_batch,
         ),
         seed=seed,
+        tensorboard=tensorboard,
     )
+    if tensorboard:
+        check_tensorboard()  # before any time is spent on loading
     console.print(f"loading {data}", highlight=False)
     splits = load_data(
         data, image_size=image_size, seed=seed, max_train_images=max_train_images, skip_unreadable=skip_unreadable
