@@ -1,6 +1,7 @@
 """TensorBoard logs, read back by TensorBoard itself and compared with what the run keeps elsewhere."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,20 @@ def test_the_spread_of_the_subnets_is_that_of_the_history(run: Path):
         expected = [np.percentile(losses[(steps >= at) & (steps < at + 3)], share) for at in range(0, NUM_STEPS, 3)]
         shown = _curve(run / "logs" / "subnets", f"loss of a subnet/{tag}")
         assert shown == [(1, pytest.approx(expected[0])), (2, pytest.approx(expected[1]))]
+
+
+def test_the_page_on_tracking_opens_the_study(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/mine").symlink_to(run)
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs/tracking.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(block, "tracking.md", "exec"), names)
+    scores = [value for _, value in _curve(run / "logs/search", "candidate/score")]
+    assert [value for _, value, _ in names["table"]] == pytest.approx(scores)
+    for path in (run / "logs").iterdir():
+        assert f"`{path.name}`" in page
 
 
 def test_logs_change_nothing_of_the_run_and_may_begin_when_it_goes_on(
