@@ -25,7 +25,7 @@ _ON_TEST = (
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Finished run directories, one or more.", metavar="RUN...")],
+    runs: Annotated[list[Path], typer.Argument(help="Finished run directories, one or more.", metavar="RUN")],
     data: Annotated[
         str, typer.Option(help="What they were made with: `digits`, an image folder, or a name of timm's.")
     ],
@@ -33,7 +33,7 @@ def compare(
     sample: Annotated[int | None, typer.Option(min=1, help="Images in a sample; 500, at most half of all.")] = None,
     split: Annotated[str, typer.Option(help="validation, or test for a last look.")] = "validation",
     seed: Annotated[int, typer.Option(min=0, help="Of samples and intervals.")] = 0,
-    factory: Annotated[str | None, typer.Option(help="Of runs of my.module:factory: that name, to import it.")] = None,
+    factory: Annotated[str | None, typer.Option(help="Of runs of a factory of yours: its name, to import it.")] = None,
     image_size: Annotated[
         int | None, typer.Option(min=8, help="Height and width; each run's own if not given.")
     ] = None,
