@@ -10,7 +10,14 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
 
 from psenet.errors import InputError
-from psenet.evaluate import SupernetScore, accuracy, paired_difference, recalibrate, soft_accuracy
+from psenet.evaluate import (
+    SupernetScore,
+    accuracy,
+    paired_difference,
+    recalibrate,
+    right_answers,
+    soft_accuracy,
+)
 from psenet.widths import Widths
 
 
@@ -259,6 +266,18 @@ def test_the_paired_difference_counts_only_samples_that_tell_two_nets_apart():
     assert error == pytest.approx(100 * math.sqrt(better + worse) / 50)
     assert paired_difference(other, one, batches) == pytest.approx((-difference, error))
     assert paired_difference(one, one, batches) == (0.0, 0.0)
+
+
+def test_the_right_answers_are_in_the_order_of_the_labels():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.9)).train()
+    batches = [(torch.randn(size, 4), torch.randint(3, (size,))) for size in (7, 30, 13)]
+    found = right_answers(net, batches)
+    assert found.dtype == torch.bool
+    expected = [int(row.argmax()) == int(label) for x, y in batches for row, label in zip(net[0](x), y, strict=True)]
+    assert found.tolist() == expected and 0 < sum(expected) < 50
+    assert net.training and net[1].training
+    assert len(right_answers(net, [])) == 0
 
 
 def test_one_sample_more_is_no_lead_and_two_are():

@@ -117,7 +117,18 @@ def test_the_record_has_the_documented_structure(finished: _Finished):
     record = finished.record
     assert record == finished.result.record
     assert list(record) == [
-        *("format", "model", "data", "budget", "score_name", "score_unit", "accuracy_on", "seed", "versions", "hardware"),
+        *(
+            "format",
+            "model",
+            "data",
+            "budget",
+            "score_name",
+            "score_unit",
+            "accuracy_on",
+            "seed",
+            "versions",
+            "hardware",
+        ),
         *("baseline", "pruned", "searched", "uniform"),
         *("widths", "searched_widths", "uniform_widths", "full_widths"),
         *("seconds", "settings", "search", "export"),

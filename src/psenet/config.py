@@ -46,12 +46,16 @@ class PruneConfig:
     """What latency is measured by, for a budget on it and for the result: best what will run the net."""
     seed: int = 0
     """Of everything random."""
+    tensorboard: bool = False
+    """Write logs for TensorBoard into the run directory. No part of `as_dict`: a run may go on with or without."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the settings as plain JSON values."""
+        """Return the settings as plain JSON values: those that decide what the run gives."""
         plain: dict[str, Any] = {}
         nested: dict[str, Any] = {}
         for name, value in vars(self).items():
+            if name == "tensorboard":
+                continue
             if isinstance(value, TrainConfig):
                 nested[name] = value.as_dict()
             elif isinstance(value, Runner):

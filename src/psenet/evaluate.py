@@ -24,8 +24,8 @@ IGNORED = -100
 """The label of places that do not count, torch's own."""
 ForwardFn = Callable[[nn.Module, Any], Any]
 """`forward_fn(module, batch)` runs the module on one batch and returns its outputs."""
-ScoreFn = Callable[[nn.Module, list[Any]], float]
-"""`score_fn(module, batches)` returns a score, higher is better; the module comes in eval mode, without gradients."""
+ScoreFn = Callable[[nn.Module, Any], float]
+"""`score_fn(module, batches)` goes through the batches, a list or a DataLoader, and returns a score, higher is better; the module comes in eval mode, without gradients."""
 
 
 class HasSubnets(Protocol):
@@ -142,6 +142,20 @@ def soft_accuracy(module: nn.Module, batches: Iterable[Any], *, forward_fn: Forw
     return 100.0 * float(total) / float(num_labels) if is_finite else math.nan
 
 
+def right_answers(module: nn.Module, batches: Iterable[Any], *, forward_fn: ForwardFn | None = None) -> torch.Tensor:
+    """Return which labels a module gets right, in eval mode: bool on the CPU, one for each label, in their order.
+
+    Takes and raises what `accuracy` does, but for NaN and no labels at all, which are no error here.
+    """
+    run, place = forward_fn or _forward_first, device_of(module)
+    right = [torch.empty(0, dtype=torch.bool)]
+    with eval_mode(module), torch.no_grad():
+        for batch in (to_device(batch, place) for batch in batches):
+            logits, labels = _checked(run(module, batch), batch)
+            right.append((logits.argmax(dim=1) == labels)[labels != IGNORED].cpu())
+    return torch.cat(right)
+
+
 def paired_difference(
     module: nn.Module, other: nn.Module, batches: Iterable[Any], *, forward_fn: ForwardFn | None = None
 ) -> tuple[float, float]:
@@ -160,20 +174,12 @@ def paired_difference(
     Returns:
         Difference and standard error, both in points of a percent.
     """
-    run = forward_fn or _forward_first
-    differences, num_labels = [], 0
-    with eval_mode(module), eval_mode(other), torch.no_grad():
-        for batch in batches:
-            right = []
-            for net in (module, other):
-                logits, labels = _checked(run(net, to_device(batch, device_of(net))), batch)
-                right.append((logits.argmax(dim=1).cpu() == labels.cpu()).flatten().double())
-            differences.append(right[0] - right[1])
-            num_labels += int((batch[1] != IGNORED).sum())
-    if num_labels == 0:
+    batches = list(batches)
+    right, right_other = (right_answers(net, batches, forward_fn=forward_fn).double() for net in (module, other))
+    difference = right - right_other
+    if not len(difference):
         raise InputError("comparing two nets needs at least one labelled sample; got none: check the validation data")
-    difference = torch.cat(differences)
-    scale = 100 / num_labels
+    scale = 100 / len(difference)
     return scale * float(difference.sum()), scale * math.sqrt(float(difference.square().sum()))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from psenet.artifact import load
+from psenet.artifact import load, read_description
 from psenet.errors import InputError
 from psenet.models import build_model, check_trusted
 from psenet.rundir import read_json
@@ -23,6 +23,8 @@ _PROBED_CLASSES = 2
 class FinishedRun:
     """The nets of a run, in eval mode on the CPU, and what they take."""
 
+    path: Path
+    """The run directory."""
     model: str
     """The original model, as given to the command line."""
     input_shape: tuple[int, ...]
@@ -31,6 +33,8 @@ class FinishedRun:
     pruned: nn.Module
     record: Mapping[str, Any]
     """The figures, as in `result.json`."""
+    recipe: Mapping[str, Any]
+    """What the run was asked to do, as in `recipe.json`."""
 
 
 def load_run(path: str | Path, *, factory: str | None = None) -> FinishedRun:
@@ -62,12 +66,33 @@ def load_run(path: str | Path, *, factory: str | None = None) -> FinishedRun:
         raise InputError(f"the run in {path} must be of a model with one input; its recipe has the shapes {shape!r}")
     baseline = _baseline(spec, path / "stages" / "baseline.safetensors", in_channels=shape[0])
     return FinishedRun(
+        path=path,
         model=spec,
         input_shape=tuple(shape),
         pruned=load(path, lambda: baseline).eval(),
         baseline=baseline.eval(),
         record=record,
+        recipe=recipe,
     )
+
+
+def load_rival(run: FinishedRun) -> tuple[str, nn.Module] | None:
+    """Return the net that the run fine-tuned beside its pruned one and did not keep.
+
+    Returns:
+        `"uniform"` or `"searched"`, and the net in eval mode on the CPU; None where the search found the uniform widths
+        itself, where the run did not keep the net, and where rebuilding it takes a trace (a model with numbers of its
+        own that count channels).
+
+    Raises:
+        InputError: The net's weights are damaged or of another model.
+    """
+    kept = run.record.get("search", {}).get("kept")
+    name = {"searched": "uniform", "uniform": "searched"}.get(kept)
+    weights = run.path / "stages" / f"{name}.safetensors"
+    if name is None or not weights.is_file() or read_description(run.path).attributes:
+        return None
+    return name, load(weights, lambda: run.baseline).eval()
 
 
 def _baseline(spec: str, weights: Path, *, in_channels: int) -> nn.Module:

@@ -5,6 +5,7 @@ baseline -> supernet -> search -> fine-tune -> test -> export -> result
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -121,8 +122,9 @@ def finish(run: Run) -> PruneResult:
         return read_result(run)
     announce(run)
     products = _Products(run)
-    for stage in STAGES.values():
-        stage.do(products)
+    with closing(run.logs):
+        for stage in STAGES.values():
+            stage.do(products)
     return read_result(run)
 
 
@@ -144,7 +146,8 @@ def run_stage(run: Run, name: str) -> None:
         run.say(f"the stage {name!r} of this run is finished")
         return
     announce(run, stage=name)
-    STAGES[name].do(_Products(run))
+    with closing(run.logs):
+        STAGES[name].do(_Products(run))
 
 
 def read_result(run: Run) -> PruneResult:

@@ -106,8 +106,7 @@ class Recipe:
 
     def as_dict(self) -> dict[str, Any]:
         """Return what a YAML file of this recipe holds."""
-        settings = self.settings.as_dict()
-        del settings["trained"]
+        settings = _plain(self.settings)
         budget = {name: value for name, value in vars(self.budget).items() if value is not None}
         return {
             "model": asdict(self.model),
@@ -176,8 +175,7 @@ def recipe_defaults() -> dict[str, Any]:
         for name, kind in SECTIONS.items()
         if name != "report"
     }
-    settings = PruneConfig().as_dict()
-    del settings["trained"]
+    settings = _plain(PruneConfig())
     return {**sections, **settings, "report": asdict(ReportChoice())}
 
 
@@ -297,6 +295,13 @@ def _with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
         else value
         for name, value in settings.items()
     }
+
+
+def _plain(settings: PruneConfig) -> dict[str, Any]:
+    """Return the settings as they stand in a recipe; `trained` follows from the model's weights."""
+    plain = {**settings.as_dict(), "tensorboard": settings.tensorboard}
+    del plain["trained"]
+    return plain
 
 
 def _kinds() -> dict[str, Any]:

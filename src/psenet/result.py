@@ -22,7 +22,7 @@
 """
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 FORMAT = 1
+_RECORDED = ("psenet", "torch", "torchvision", "timm", "optuna", "onnxruntime")
 
 
 def net_record(
@@ -53,10 +54,10 @@ def net_record(
     return record
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of what the figures depend on."""
+def versions(packages: Iterable[str] = _RECORDED) -> dict[str, str]:
+    """Return the versions of Python and of packages; by default of what the figures depend on."""
     found = {"python": platform.python_version()}
-    for package in ("psenet", "torch", "torchvision", "timm", "optuna", "onnxruntime"):
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

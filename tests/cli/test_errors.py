@@ -178,6 +178,16 @@ def test_an_unreadable_image_is_named(image_tree: Any, tmp_path: Path):
     _refused(ended, "every image must be readable; 1 are not: ", "dog/7.png", "ask for unreadable images to be skipped")
 
 
+def test_a_missing_tensorboard_is_named_before_data_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    arguments = ("--model", "psenet.models:digits_resnet", "--data", "digits", *("--macs", "50%"), "--tensorboard")
+    ended = psenet("prune", *arguments, "--out", tmp_path / "run")
+    _refused(ended, "logs need the package tensorboard", "pip install 'psenet[tensorboard]', or leave the logs out")
+    assert "loading" not in ended.out and not (tmp_path / "run").exists()
+
+
 # Budgets --------------------------------------------------------------------------------------------------------------
 
 

@@ -193,6 +193,7 @@ def test_every_option_reaches_the_run(asked: _Asked, tmp_path: Path):
         **{"--workers": 2},
     }
     given = [*(str(part) for pair in options.items() for part in pair), "--compile", "--focus", "--resume"]
+    given.append("--tensorboard")
     out = tmp_path / "run"
     ended = psenet("prune", "--model", MODEL, "--data", "digits", "--out", out, *given)
     assert (ended.code, ended.err) == (0, "")
@@ -200,6 +201,7 @@ def test_every_option_reaches_the_run(asked: _Asked, tmp_path: Path):
     assert job.budget == Budget(macs="60%", params="100k", memory="90%", latency_ms="90%")
     assert asked.place == (out, {"resume": True, "trained_in": None}) and job.workers == 2
     assert job.names == {"model": MODEL, "data": "digits"}
+    assert job.config.tensorboard
     settings = job.config.as_dict()
     trainings = [settings.pop(name) for name in ("baseline", "supernet", "finetune")]
     assert settings == {

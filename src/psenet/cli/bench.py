@@ -27,7 +27,7 @@ def bench(
     image_size: Annotated[int | None, typer.Option(min=1, help="Of a model: height and width; 224.")] = None,
     num_classes: Annotated[int | None, typer.Option(min=1, help="Of a model; 1000.")] = None,
     channels: Annotated[int | None, typer.Option("--in-channels", "--channels", min=1, help="Of a model; 3.")] = None,
-    factory: Annotated[str | None, typer.Option(help="Of a run of my.module:factory: that name, to import it.")] = None,
+    factory: Annotated[str | None, typer.Option(help="Of a run of a factory of yours: its name, to import it.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where to write; bench.json in the run directory of a run.")] = None,
 ) -> None:
     """Measure the latency of a model, or of a run's baseline and pruned net, side by side.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import typer
 
-from psenet.cli import bench, export, finetune, init, inspect, prune, search, train
+from psenet.cli import bench, compare, env, export, finetune, init, inspect, prune, search, train
 from psenet.errors import InputError
 
 USER_MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130
@@ -38,7 +38,7 @@ app = typer.Typer(
 for command in (
     *(prune.prune, init.init, inspect.inspect),
     *(train.train, search.search, finetune.finetune, export.export),
-    bench.bench,
+    *(bench.bench, compare.compare, env.env),
 ):
     app.command(command.__name__)(_stoppable(command))
 

@@ -76,10 +76,13 @@ def make_job(recipe: "Recipe", place: Place, console: "Console") -> "Job":
     import torch
 
     from psenet.data import load_data
+    from psenet.logs import check_tensorboard
     from psenet.models import build_model
     from psenet.stages.start import Job
 
     check_files(recipe)
+    if recipe.settings.tensorboard:
+        check_tensorboard()  # before any time is spent on loading
     chosen, seed = recipe.data, recipe.settings.seed
     console.print(f"loading {chosen.source}", highlight=False)
     splits = load_data(

@@ -34,7 +34,18 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     **{
         name: (name,)
         for name in (
-            *("strategy", "num_subnets", "focus", "compiled", "divisor", "min_ratio", "exclude", "opaque", "seed"),
+            *(
+                "strategy",
+                "num_subnets",
+                "focus",
+                "compiled",
+                "divisor",
+                "min_ratio",
+                "exclude",
+                "opaque",
+                "seed",
+                "tensorboard",
+            ),
         )
     },
 }
@@ -94,6 +105,7 @@ def prune(
     max_train_images: Annotated[int | None, typer.Option(min=1, help="Train on so many images only.")] = None,
     skip_unreadable: Annotated[bool, typer.Option("--skip-unreadable", help="Leave broken images out.")] = False,
     mixed_precision: Annotated[str, typer.Option(help="no, fp16 or bf16.")] = "no",
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard logs to OUT/logs.")] = False,
 ) -> None:
     """Prune a model to a budget: train, search, fine-tune, export, compare.
 

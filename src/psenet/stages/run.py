@@ -13,10 +13,11 @@ from psenet.config import PruneConfig
 from psenet.devices import on_device
 from psenet.evaluate import eval_mode
 from psenet.inputs import Inputs
+from psenet.logs import Logs
 from psenet.rundir import RunDirectory
 from psenet.space import WidthSpace
 from psenet.task import Task
-from psenet.training.curves import Curves, Recorder
+from psenet.training.curves import Curves, EpochRecord, Recorder
 
 Say = Callable[[str], None]
 
@@ -49,6 +50,8 @@ class Run:
     config: PruneConfig
     task: Task
     folder: RunDirectory
+    logs: Logs
+    """For TensorBoard; they write nothing where they are not wanted."""
     names: dict[str, str]
     """`model` and `data` as a person would name them."""
     workers: int
@@ -69,8 +72,15 @@ class Run:
             return self.task.score(net, self.loaders.validation if batches is None else batches)
 
     def recorder(self, training: str) -> Recorder:
-        """Return what is told of every epoch of a training: the file of the run's curves."""
-        return Curves(self.folder.file("stages/curves.json")).recorder(training)
+        """Return what is told of every epoch of a training: the file of the run's curves, and the logs."""
+        keep = Curves(self.folder.file("stages/curves.json")).recorder(training)
+        log = self.logs.recorder(training, num_samples=_samples_in_epoch(self.loaders.train))
+
+        def record(epoch: EpochRecord) -> None:
+            keep(epoch)
+            log(epoch)
+
+        return record
 
     def seed(self, stage: int) -> None:
         """Start a stage from a random state that does not depend on what was before it."""
@@ -82,3 +92,11 @@ def seed_stage(config: PruneConfig, stage: int, train: DataLoader) -> None:
     torch.manual_seed(config.seed * 16 + stage)
     if train.generator is not None:
         train.generator.manual_seed(config.seed * 16 + stage)
+
+
+def _samples_in_epoch(loader: DataLoader) -> int | None:
+    """Return how many samples a loader gives in an epoch; None where its batches have no common size."""
+    if loader.batch_size is None:
+        return None
+    whole = len(loader) * loader.batch_size
+    return whole if loader.drop_last else min(whole, len(loader.sampler))  # pyright: ignore[reportArgumentType]

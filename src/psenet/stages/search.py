@@ -128,6 +128,7 @@ class _Searcher:
         with progress_bar("search", total=total, show=run.show_progress) as advance:
 
             def progress(state: SearchProgress) -> None:
+                run.logs.candidate(state)
                 advance(state.num_done, f"best {state.best.score:.2f}" if state.best else "")
                 if not run.show_progress:
                     _say_at_quarters(run, state)

@@ -19,6 +19,7 @@ from psenet.errors import InputError
 from psenet.files import write_atomically
 from psenet.inputs import Inputs, tensors_in
 from psenet.latency_model import NUM_SUBNETS, LatencyModel
+from psenet.logs import Logs, check_tensorboard
 from psenet.progress import progress_bar
 from psenet.reading import trace
 from psenet.rundir import RunDirectory, changed_settings, check_folder, read_json
@@ -85,6 +86,8 @@ def start_run(
         InputError: The model, the budget, a loader or a folder cannot be used.
     """
     config = job.config
+    if config.tensorboard:
+        check_tensorboard()
     for name, loader in job.loaders.items():
         if loader is not None and len(loader) == 0:
             raise InputError(f"the {name} loader has no batches")
@@ -125,6 +128,7 @@ def start_run(
         config=config,
         task=job.task,
         folder=folder,
+        logs=Logs(out / "logs" if config.tensorboard else None),
         names=_names(job),
         workers=job.workers,
         say=job.say,

@@ -57,6 +57,7 @@ def trained_supernet(run: Run, baseline: nn.Module) -> tuple[Supernet, History]:
             record=run.recorder("supernet"),
             show_progress=run.show_progress,
         )
+        run.logs.subnets(history, steps_per_epoch=len(run.loaders.train))
         history.save(history_path)
         run.folder.save_weights("supernet", supernet.model)
     return supernet, history

@@ -13,6 +13,7 @@ from psenet.training.config import TrainConfig
 LossFn = Callable[[Any, Any], torch.Tensor]
 """`loss_fn(outputs, labels)` returns one loss per sample, shape (B,); outputs and labels are those of the task."""
 
+
 def cross_entropy(label_smoothing: float = 0.0) -> LossFn:
     """Return cross entropy per sample for logits (B, classes, ...) and labels (B, ...).
 
