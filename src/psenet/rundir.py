@@ -3,7 +3,7 @@
 RUN/recipe.json          the settings the run was started with
 RUN/stages.json          seconds spent in each stage, and which are finished
 RUN/checkpoints/*.pt     the last epoch of each training
-RUN/stages/*             weights, history and study of the finished stages
+RUN/stages/*             weights, history and study of the finished stages; curves.json: every epoch of the trainings
 RUN/model/*              the exported model
 RUN/result.json          the figures
 """

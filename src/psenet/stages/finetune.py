@@ -38,6 +38,7 @@ def fine_tuned(run: Run, name: str, widths: Widths, *, supernet: Supernet, basel
                 config=run.config.finetune,
                 teacher=baseline,
                 checkpoint=run.folder.checkpoint(name),
+                record=run.recorder(name),
                 description=f"fine-tune {name}",
                 show_progress=run.show_progress,
             )

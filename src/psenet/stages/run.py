@@ -14,6 +14,7 @@ from psenet.devices import on_device
 from psenet.inputs import Inputs
 from psenet.rundir import RunDirectory
 from psenet.space import WidthSpace
+from psenet.training.curves import Curves, Recorder
 
 Say = Callable[[str], None]
 
@@ -63,6 +64,10 @@ class Run:
         """Return a net's score on the validation data, or on other batches."""
         with on_device(net, self.device):
             return score_fn(net, self.loaders.validation if batches is None else batches)
+
+    def recorder(self, training: str) -> Recorder:
+        """Return what is told of every epoch of a training: the file of the run's curves."""
+        return Curves(self.folder.file("stages/curves.json")).recorder(training)
 
     def seed(self, stage: int) -> None:
         """Start a stage from a random state that does not depend on what was before it."""

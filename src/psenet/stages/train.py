@@ -23,6 +23,7 @@ def trained_baseline(run: Run) -> nn.Module:
                     run.loaders.train,
                     config=run.config.baseline,
                     checkpoint=run.folder.checkpoint("baseline"),
+                    record=run.recorder("baseline"),
                     description="baseline",
                     show_progress=run.show_progress,
                 )
@@ -52,6 +53,7 @@ def trained_supernet(run: Run, baseline: nn.Module) -> tuple[Supernet, History]:
             teacher=baseline if run.config.supernet.distill_weight else None,
             seed=run.config.seed,
             checkpoint=run.folder.checkpoint("supernet"),
+            record=run.recorder("supernet"),
             show_progress=run.show_progress,
         )
         history.save(history_path)

@@ -1,5 +1,6 @@
 """The training loop that everything shares: accelerate, timm's optimizers and schedules, checkpoints, progress."""
 
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NoReturn, Protocol
@@ -12,6 +13,7 @@ from psenet.errors import InputError
 from psenet.files import write_atomically
 from psenet.progress import progress_bar
 from psenet.training.config import TrainConfig
+from psenet.training.curves import EpochRecord, Recorder
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -52,6 +54,7 @@ def fit(
     config: TrainConfig,
     extras: Mapping[str, Stateful] | None = None,
     checkpoint: Path | None = None,
+    record: Recorder | None = None,
     description: str = "training",
     show_progress: bool = True,
     max_steps: int | None = None,
@@ -65,6 +68,7 @@ def fit(
         config: The settings.
         extras: More state to keep in checkpoints, by name.
         checkpoint: File to write after every epoch. If it exists, training continues from it.
+        record: Told of every epoch that this call finishes; see `psenet.training.curves`.
         description: Shown at the progress bar.
         show_progress: Whether to show one.
         max_steps: Stop after this many steps, for time estimates; the schedule is that of the whole training.
@@ -98,7 +102,8 @@ def fit(
         with progress_bar(description, total=num_steps, done=first_epoch * len(loader), show=show_progress) as advance:
             for epoch in range(first_epoch, config.epochs):
                 batches.set_epoch(epoch)  # accelerate counts from 0, also when a training continues
-                number, loss = 0, torch.zeros(())
+                number, loss, start = 0, torch.zeros(()), time.perf_counter()
+                total = torch.zeros(())  # stays on the device: no step waits for the one before
                 for batch_number, batch in enumerate(batches):
                     number = epoch * len(loader) + batch_number
                     if number == max_steps:
@@ -107,12 +112,23 @@ def fit(
                     optimizer.zero_grad()
                     loss = step(prepared, batch, number, accelerator.backward)
                     optimizer.step()
+                    total = total + loss.detach()
                     if number % _CHECK_EVERY == 0:
                         _check_finite(loss, number, checkpoint)
                         advance(number + 1, f"loss {float(loss):.3f}")
                 _check_finite(loss, number, checkpoint)
                 _check_weights(module, number, checkpoint)
                 advance(number + 1, f"loss {float(loss):.3f}")
+                if record is not None and accelerator.is_main_process:
+                    record(
+                        EpochRecord(
+                            epoch=epoch,
+                            step=number + 1,
+                            loss=float(total) / len(loader),
+                            learning_rate=optimizer.param_groups[0]["lr"],
+                            seconds=round(time.perf_counter() - start, 3),
+                        )
+                    )
                 keep.save(epoch + 1)
     finally:
         module.to(home)

@@ -11,6 +11,7 @@ from psenet.errors import InputError
 from psenet.inputs import as_arguments
 from psenet.memory_format import ImageLayout, guarded_convolutions
 from psenet.training.config import TrainConfig
+from psenet.training.curves import Recorder
 from psenet.training.loop import Batch, fit
 from psenet.training.losses import LossFn, cross_entropy, mixed_loss
 from psenet.training.steps import teach
@@ -24,6 +25,7 @@ def train_model(
     teacher: nn.Module | None = None,
     loss_fn: LossFn | None = None,
     checkpoint: Path | None = None,
+    record: Recorder | None = None,
     description: str = "training",
     show_progress: bool = True,
     max_steps: int | None = None,
@@ -37,6 +39,7 @@ def train_model(
         teacher: For distillation with `config.distill_weight`.
         loss_fn: (outputs, labels) to one loss per sample, shape (B,); None for cross entropy.
         checkpoint: File to write after every epoch; if it exists, training continues from it.
+        record: Told of every finished epoch; see `psenet.training.curves`.
         description: Shown at the progress bar.
         show_progress: Whether to show one.
         max_steps: Stop after this many steps, for time estimates.
@@ -68,6 +71,7 @@ def train_model(
             step=step,
             config=config,
             checkpoint=checkpoint,
+            record=record,
             description=description,
             show_progress=show_progress,
             max_steps=max_steps,

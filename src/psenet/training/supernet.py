@@ -12,6 +12,7 @@ from psenet.errors import InputError
 from psenet.history import History
 from psenet.supernet import Supernet
 from psenet.training.config import TrainConfig
+from psenet.training.curves import Recorder
 from psenet.training.loop import Batch, fit
 from psenet.training.losses import LossFn, cross_entropy
 from psenet.training.steps import Task, train_distilled
@@ -30,6 +31,7 @@ def train_supernet(
     loss_fn: LossFn | None = None,
     seed: int = 0,
     checkpoint: Path | None = None,
+    record: Recorder | None = None,
     show_progress: bool = True,
     max_steps: int | None = None,
 ) -> History:
@@ -46,6 +48,7 @@ def train_supernet(
         loss_fn: (outputs, labels) to one loss per sample, shape (B,); None for cross entropy.
         seed: Of the sequence of subnets.
         checkpoint: File to write after every epoch; if it exists, training continues from it.
+        record: Told of every finished epoch; see `psenet.training.curves`.
         show_progress: Whether to show a progress bar.
         max_steps: Stop after this many steps, for time estimates.
 
@@ -89,6 +92,7 @@ def train_supernet(
         config=config,
         extras={"strategy": chosen, "history": history},
         checkpoint=checkpoint,
+        record=record,
         description="supernet",
         show_progress=show_progress,
         max_steps=max_steps,
