@@ -67,6 +67,7 @@ def prune(
     resume: bool = False,
     workers: int = 1,
     description: Mapping[str, str] | None = None,
+    command: str | None = None,
     say: Say | None = None,
     show_progress: bool = False,
 ) -> PruneResult:
@@ -86,6 +87,7 @@ def prune(
         resume: Continue the run in `out`, if there is one.
         workers: Score candidates in so many processes; see `psenet.search`.
         description: `model` and `data` as a person would name them, for the record.
+        command: The command line, for the record.
         say: Gets a line for a person at each stage; None for silence.
         show_progress: Whether to show progress bars.
 
@@ -148,6 +150,7 @@ def prune(
         config=config,
         folder=folder,
         names=names,
+        command=command,
         workers=workers,
         say=say,
         show_progress=show_progress,

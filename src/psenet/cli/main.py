@@ -1,6 +1,7 @@
 """`psenet`: the entry point, and what becomes of errors."""
 
 import functools
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = arguments[:1] == ["--debug"]
     try:
-        app(arguments, standalone_mode=True)
+        app(arguments, standalone_mode=True, obj=shlex.join(["psenet", *arguments]))
     except _StoppedError:
         print("\nstopped; what is finished is kept: the same command with --resume continues", file=sys.stderr)
         sys.exit(INTERRUPTED)

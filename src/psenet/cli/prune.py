@@ -9,6 +9,7 @@ Count = Annotated[int, typer.Option(min=1)]
 
 
 def prune(
+    context: typer.Context,
     model: Annotated[str, typer.Option(help="timm:NAME, torchvision:NAME or my.module:factory.")],
     data: Annotated[str, typer.Option(help="`digits`, an image folder, or a name of timm's dataset factory.")],
     out: Annotated[Path, typer.Option(help="The run directory.")],
@@ -134,6 +135,7 @@ def prune(
         resume=resume,
         workers=workers,
         description={"model": model, "data": data},
+        command=context.obj,  # the arguments as they came; see psenet.cli.main
         say=lambda line: console.print(line, highlight=False),
         show_progress=console.is_terminal,
     )

@@ -48,6 +48,8 @@ class Run:
     folder: RunDirectory
     names: dict[str, str]
     """`model` and `data` as a person would name them."""
+    command: str | None
+    """The command line that started this run or went on with it; None from Python."""
     workers: int
     """Processes that score candidates."""
     say: Say

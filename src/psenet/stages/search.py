@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from psenet.budget import Limits, uniform_widths
+from psenet.charts import prior_record
 from psenet.devices import on_device
 from psenet.estimate import say_duration
 from psenet.evaluate import SupernetScore, soft_accuracy
@@ -15,6 +17,7 @@ from psenet.predictor import Predictor
 from psenet.prior import Prior
 from psenet.progress import progress_bar
 from psenet.rundir import write_json
+from psenet.space import WidthSpace
 from psenet.stages.run import Run
 from psenet.supernet import Supernet
 from psenet.widths import Widths
@@ -48,6 +51,8 @@ def search_best(run: Run, *, supernet: Supernet, history: History) -> Search:
             chosen = _search_measured(run, searcher, supernet)
     best, found = chosen.best, chosen.found
     write_json(run.folder.file("stages/search.json"), {"widths": dict(best.widths), "score": best.score})
+    write_json(run.folder.file("stages/evaluated.json"), {"candidates": _candidates(run.space, found.evaluated)})
+    write_json(run.folder.file("stages/prior.json"), prior_record(searcher.prior, history=history))
     run.say(
         f"winner: score {best.score:.2f} at {best.macs / 1e6:.1f}M MACs, best of {len(found.evaluated)}; "
         "the score is the mean probability of the true class on validation data, in percent"
@@ -58,6 +63,24 @@ def search_best(run: Run, *, supernet: Supernet, history: History) -> Search:
             f"{found.predicted_rank_correlation:.2f}"
         )
     return chosen
+
+
+def _candidates(space: WidthSpace, evaluated: Sequence[Evaluation]) -> list[dict[str, Any]]:
+    """Return every scored candidate with its costs, in the order in which they were scored."""
+    widths = [one.widths for one in evaluated]
+    costs: dict[str, list[Any]] = {"memory": space.memory(widths).tolist()}
+    if space.costs.latency_ms is not None:
+        costs["latency_ms"] = space.latency_ms(widths).round(4).tolist()
+    return [
+        {
+            "widths": dict(one.widths),
+            "score": one.score,
+            "macs": one.macs,
+            "params": one.params,
+            **{name: values[number] for name, values in costs.items()},
+        }
+        for number, one in enumerate(evaluated)
+    ]
 
 
 @dataclass(frozen=True)
