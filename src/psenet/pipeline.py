@@ -1,6 +1,6 @@
 """`prune`: the whole way from a model to a smaller one, stage by stage, each resumable.
 
-baseline -> supernet -> search -> fine-tune -> test -> export -> result
+baseline -> supernet -> search -> fine-tune -> test -> export -> result -> report
 """
 
 import copy
@@ -18,12 +18,13 @@ from torch.utils.data import DataLoader
 from psenet.artifact import load
 from psenet.budget import Budget, uniform_widths
 from psenet.config import PruneConfig
-from psenet.errors import InputError
+from psenet.errors import InputError, first_line
 from psenet.export import ExportReport, export_model
 from psenet.inputs import Inputs, tensors_in
 from psenet.latency_model import NUM_SUBNETS, LatencyModel
 from psenet.progress import progress_bar
 from psenet.reading import trace
+from psenet.report import write_report
 from psenet.rundir import RunDirectory, check_folder, read_json, write_json
 from psenet.slicing import narrow_attributes
 from psenet.space import WidthSpace
@@ -178,6 +179,7 @@ def _run_stages(run: Run) -> PruneResult:
     report = _export(run, nets[kept])
     record |= {"search": search_record(search, num_visits=len(history), kept=kept), "export": report.as_dict()}
     write_json(run.folder.file("result.json"), record)
+    _write_report(run)
     pruned = nets[kept]
     return PruneResult(model=pruned.module, widths=pruned.widths, space=run.space, record=record, export=report)
 
@@ -186,6 +188,8 @@ def _finished(run: Run) -> PruneResult:
     """Return what a finished run found: test data is not used again, and nothing is measured anew."""
     run.say("this run is finished; its figures are shown again")
     record, folder = read_json(run.folder.path / "result.json"), run.folder.path / "model"
+    if not (run.folder.path / "report.html").exists():
+        _write_report(run)
     return PruneResult(
         model=load(folder, lambda: copy.deepcopy(run.model)).eval(),
         widths=Widths(record["widths"]),
@@ -193,6 +197,19 @@ def _finished(run: Run) -> PruneResult:
         record=record,
         export=ExportReport.from_dict(record["export"], folder),
     )
+
+
+def _write_report(run: Run) -> None:
+    """Write the report of a run that is finished, and stays so whatever becomes of its report."""
+    from jinja2 import TemplateError
+
+    try:
+        write_report(run.folder.path)
+    except (OSError, ImportError, ValueError, TypeError, LookupError, AttributeError, TemplateError) as error:
+        run.say(
+            f"the report could not be written: {first_line(error)}; the run is finished all the same, and "
+            f"`psenet report {run.folder.path}` writes it again"
+        )
 
 
 def _export(run: Run, net: Finalist) -> ExportReport:

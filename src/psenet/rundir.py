@@ -6,6 +6,7 @@ RUN/checkpoints/*.pt     the last epoch of each training
 RUN/stages/*             weights, history and study of the finished stages; curves.json: every epoch of the trainings
 RUN/model/*              the exported model
 RUN/result.json          the figures
+RUN/report.html, .md     the same for people
 """
 
 import json

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import typer
 
-from psenet.cli import bench, inspect, prune
+from psenet.cli import bench, inspect, prune, report
 from psenet.errors import InputError
 
 USER_MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130
@@ -39,6 +39,7 @@ app = typer.Typer(
 app.command("prune")(_stoppable(prune.prune))
 app.command("inspect")(_stoppable(inspect.inspect))
 app.command("bench")(_stoppable(bench.bench))
+app.command("report")(_stoppable(report.report))
 
 
 @app.callback()

@@ -140,7 +140,10 @@ def prune(
         show_progress=console.is_terminal,
     )
     console.print(result_table(result.record))
-    console.print(f"figures: {out / 'result.json'}\nmodel:   {out / 'model'}", highlight=False, soft_wrap=True)
+    places = {"report": out / "report.html", "figures": out / "result.json", "model": out / "model"}
+    for name, path in places.items():
+        if path.exists():
+            console.print(f"{name + ':':<9}{path}", highlight=False, soft_wrap=True)
 
 
 def check_classes(net: "object", input_shape: tuple[int, int, int], num_classes: int) -> None:
