@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 from psenet.report.confidence import overlap, wilson_interval
 from psenet.report.facts import NetFacts, RunFacts
-from psenet.report.shown import in_bytes, in_ms, percent, points, share, short
+from psenet.report.shown import change, in_bytes, in_ms, percent, points, share, short
 from psenet.report.text import Words
 
 SHOWN: Mapping[str, Callable[[float | None], str]] = {
@@ -47,7 +47,7 @@ def _gain(facts: RunFacts, words: Words) -> str:
                 before=in_ms(base.latency_ms),
                 after=in_ms(pruned.latency_ms),
                 speed=f"{base.latency_ms / pruned.latency_ms:.2f}×",
-                doubt=words("latency_doubt") if _spreads_overlap(base, pruned) else "",
+                doubt=_said("clause", _latency_doubt(base, pruned, words), words),
             )
         )
     if base.accuracy is not None and pruned.accuracy is not None:
@@ -57,15 +57,21 @@ def _gain(facts: RunFacts, words: Words) -> str:
                 before=percent(base.accuracy),
                 after=percent(pruned.accuracy),
                 difference=points(pruned.accuracy - base.accuracy),
-                doubt=_doubt(base, pruned, facts, words),
+                doubt=_said("clause", _doubt(base, pruned, facts, words), words),
             )
         )
     return words("sentence", parts=words("joined").join(parts)) if parts else ""
 
 
-def _spreads_overlap(one: NetFacts, other: NetFacts) -> bool:
+def _said(how: str, text: str, words: Words) -> str:
+    """Return a remark as a clause or an aside; nothing for no remark."""
+    return words(how, text=text) if text else ""
+
+
+def _latency_doubt(one: NetFacts, other: NetFacts, words: Words) -> str:
     spreads = one.latency_quartiles_ms, other.latency_quartiles_ms
-    return spreads[0] is not None and spreads[1] is not None and overlap(spreads[0], spreads[1])
+    overlaps = spreads[0] is not None and spreads[1] is not None and overlap(spreads[0], spreads[1])
+    return words("latency_doubt") if overlaps else ""
 
 
 def _doubt(one: NetFacts, other: NetFacts, facts: RunFacts, words: Words) -> str:
@@ -131,15 +137,16 @@ def _search(facts: RunFacts, words: Words) -> str:
     if widths[0] == widths[1] and widths[0]:
         return words("same_as_uniform")
     parts = []
-    if uniform.accuracy is not None and pruned.accuracy is not None:
-        difference = points(pruned.accuracy - uniform.accuracy)
-        doubt = _doubt(uniform, pruned, facts, words)
-        parts.append(words("versus_accuracy", difference=difference, doubt=doubt))
     for name in ("macs", "params", "latency_ms"):
         ours, theirs = getattr(pruned, name), getattr(uniform, name)
         if ours is not None and theirs:
-            difference = f"{100 * (ours / theirs - 1):+.0f} %".replace("-", "−")
-            parts.append(words("versus_cost", cost=words(name), difference=difference))
+            doubt = _latency_doubt(uniform, pruned, words) if name == "latency_ms" else ""
+            shown = {"cost": words(name), "difference": change(ours, theirs), "doubt": _said("aside", doubt, words)}
+            parts.append(words("versus_cost", **shown))
+    if uniform.accuracy is not None and pruned.accuracy is not None:
+        difference = points(pruned.accuracy - uniform.accuracy)
+        doubt = _said("aside", _doubt(uniform, pruned, facts, words), words)
+        parts.append(words("versus_accuracy", difference=difference, doubt=doubt))
     return words("against_uniform", parts=words("joined").join(parts)) if parts else ""
 
 

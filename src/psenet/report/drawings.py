@@ -108,7 +108,7 @@ def draw_curves(
 def draw_prior_map(record: Mapping[str, Any], words: Words) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Return the heat map of what the prior learned, in the report's manner."""
     keys = {"axis": "prior_axis", "cell": "prior_cell", "at": "prior_at", "title": "prior"}
-    keys |= {"than_visits": "prior_than_visits", "than_groups": "prior_than_groups"}
+    keys |= {"than_visits": "prior_difference", "than_groups": "prior_difference"}
     templates = {"cell": words("prior_cell", keeps="{keeps}", widths="{widths}")}
     spec = draw_prior(record, words={name: templates.get(name) or words(key) for name, key in keys.items()})
     (heat,) = spec["data"]
@@ -119,7 +119,7 @@ def draw_prior_map(record: Mapping[str, Any], words: Words) -> tuple[list[dict[s
     layout = base_layout(height=190 + 22 * len(record["groups"]))
     layout["xaxis"] |= spec["layout"]["xaxis"]
     layout["yaxis"] |= {**spec["layout"]["yaxis"], "ticklabelstandoff": 6}
-    layout["margin"]["t"] = 90
+    layout["margin"]["t"] = 80
     return [heat], layout
 
 
@@ -145,7 +145,7 @@ def base_layout(*, height: int) -> dict[str, Any]:
     axis |= {"tickcolor": FAINT, "fixedrange": True}  # a finger that scrolls the page must not zoom
     return {
         "height": height,
-        "margin": {"l": 56, "r": 16, "t": 40, "b": 56},
+        "margin": {"l": 64, "r": 16, "t": 40, "b": 56},
         "paper_bgcolor": "#ffffff",
         "plot_bgcolor": "#ffffff",
         "font": {"family": "system-ui, 'Noto Sans JP', 'Hiragino Sans', sans-serif", "size": 13, "color": INK},

@@ -133,7 +133,7 @@ def _lacking(*given: tuple[str, float | None]) -> tuple[str, ...]:
 
 
 def _put(number: float) -> str:
-    """Write a number in a formula: four digits at least, and every digit of a whole one."""
+    """Write a number in a formula with so many digits that a reader who works it out gets what is shown."""
     if number == int(number):
         return f"{int(number):,}"
-    return f"{number:,.2f}" if abs(number) >= 1000 else f"{number:.4g}"
+    return f"{number:,.2f}" if abs(number) >= 10_000 else f"{number:.6g}"

@@ -7,7 +7,7 @@ from psenet.report.blocks import Bar, Block, Cell, Chart, Choice, Paragraph, Sec
 from psenet.report.decision import interval
 from psenet.report.drawings import PICKED, draw_curves, draw_front, draw_prior_map, draw_ranking
 from psenet.report.facts import NETS, Candidate, NetFacts, RunFacts
-from psenet.report.shown import DASH, in_bytes, in_ms, ms_digits, percent, points, share, short, with_share
+from psenet.report.shown import DASH, digits, in_bytes, in_ms, percent, points, share, short, with_share
 from psenet.report.text import TEXT, Words
 
 _FOLD_ABOVE = 40
@@ -36,7 +36,7 @@ def comparison(facts: RunFacts, words: Words) -> Section:
         (words("speed_up"), *(_speed_up(base, net) for net in nets)),
         (words("before_finetune"), *(percent(net.accuracy_before_finetune) for net in nets)),
         (words("accuracy_row", where=where), *(percent(net.accuracy) for net in nets)),
-        (words("interval"), *(DASH if span is None else f"{span[0]:.2f}–{span[1]:.2f} %" for span in spans)),
+        (words("interval"), *(DASH if span is None else f"{span[0]:.2f}–{span[1]:.2f}\u00a0%" for span in spans)),
     ]
     header = (words("metric"), *(words(name) for name in NETS))
     notes = [words("compare_units"), _measured_by(facts, words)]
@@ -68,7 +68,7 @@ def _quartiles(net: NetFacts) -> str:
     if net.latency_quartiles_ms is None:
         return DASH
     low, high = net.latency_quartiles_ms
-    return f"{ms_digits(low)}–{ms_digits(high)} ms"
+    return f"{digits(low)}–{digits(high)}\u00a0ms"
 
 
 def _speed_up(base: NetFacts, net: NetFacts) -> str:

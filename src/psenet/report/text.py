@@ -17,12 +17,14 @@ TEXT: Mapping[str, tuple[str, str]] = {
         "Made by psenet {version} from the files of the run; nothing in this page is loaded from elsewhere.",
         "psenet {version} が実行ディレクトリのファイルから作成しました。外部から読み込むものはありません。",
     ),
-    "decision": ("The decision in three lines", "結論（3行）"),
+    "decision": ("The decision in three lines", "結論（3 行）"),
     "unknown": ("unknown", "不明"),
     "none": ("none", "なし"),
     # The decision
     "joined": (", ", "、"),
     "sentence": ("{parts}.", "{parts}。"),
+    "clause": ("; {text}", "、{text}"),
+    "aside": (" ({text})", "（{text}）"),
     "unfinished": (
         "This run is not finished: it has no usable result.json, so there is no decision yet. "
         "What it left so far is shown below.",
@@ -34,18 +36,18 @@ TEXT: Mapping[str, tuple[str, str]] = {
         "latency {before} → {after} ({speed}{doubt})",
         "レイテンシ {before} → {after}（{speed}{doubt}）",
     ),
-    "latency_doubt": ("; the quartiles overlap", "、四分位範囲は重なっている"),
+    "latency_doubt": ("the quartiles overlap", "四分位範囲は重なっている"),
     "decision_accuracy": (
         "accuracy {before} → {after} ({difference} points{doubt})",
         "精度 {before} → {after}（{difference} ポイント{doubt}）",
     ),
     "accuracy_overlap": (
-        "; the 95 % intervals overlap: these {count} samples do not tell the two apart",
-        "、95 % 信頼区間が重なっており、この {count} サンプルでは優劣を判定できない",
+        "the 95 % intervals overlap: these {count} samples do not tell the two apart",
+        "95 % 信頼区間が重なっており、この {count} サンプルでは優劣を判定できない",
     ),
     "accuracy_apart": (
-        "; the 95 % intervals on {count} samples do not overlap",
-        "、{count} サンプルでの 95 % 信頼区間は重なっていない",
+        "the 95 % intervals on {count} samples do not overlap",
+        "{count} サンプルでの 95 % 信頼区間は重なっていない",
     ),
     "budget_kept": ("Budget kept: {parts}.", "予算は守られています：{parts}。"),
     "budget_missed": ("Budget missed: {parts}.", "予算を超えています：{parts}。"),
@@ -76,7 +78,7 @@ TEXT: Mapping[str, tuple[str, str]] = {
         "同じ予算での一様縮小との比較：{parts}。",
     ),
     "versus_accuracy": ("accuracy {difference} points{doubt}", "精度 {difference} ポイント{doubt}"),
-    "versus_cost": ("{cost} {difference}", "{cost} {difference}"),
+    "versus_cost": ("{cost} {difference}{doubt}", "{cost} {difference}{doubt}"),
     "flattered": (
         "The accuracies are on validation data, which chose the net: they flatter it.",
         "精度はネットワークの選択に使った検証データでの値のため、実際より高めに出ています。",
@@ -93,8 +95,8 @@ TEXT: Mapping[str, tuple[str, str]] = {
     "baseline": ("baseline", "元のモデル"),
     "pruned": ("pruned", "枝刈り後"),
     "uniform": ("uniform", "一様縮小"),
-    "macs": ("MACs", "MACs（積和演算）"),
-    "flops": ("FLOPs", "FLOPs（浮動小数点演算）"),
+    "macs": ("MACs", "MACs"),
+    "flops": ("FLOPs", "FLOPs"),
     "params": ("parameters", "パラメータ数"),
     "weights_bytes": ("file size of the weights", "重みのファイルサイズ"),
     "memory": ("peak activation memory", "活性値のピークメモリ"),
@@ -115,8 +117,8 @@ TEXT: Mapping[str, tuple[str, str]] = {
         "パラメータとバッファ（通常は float32）を含みます。メモリは活性値のみで、重みは含みません。",
     ),
     "compare_latency": (
-        "Latency was measured by {engine} on {device}, {threads} threads, the nets taking turns.",
-        "レイテンシは {engine}（{device}、{threads} スレッド）で、各ネットワークを交互に実行して測定しました。",
+        "Latency was measured by {engine} on {device} (threads: {threads}), the nets taking turns.",
+        "レイテンシは {engine}（{device}、スレッド数 {threads}）で、各ネットワークを交互に実行して測定しました。",
     ),
     "compare_interval": (
         "Intervals are Wilson's, for {count} samples. They treat the nets as if each had been tested on samples of its "
@@ -212,14 +214,6 @@ TEXT: Mapping[str, tuple[str, str]] = {
         "{count} 個のチャネルグループを計算量に対して示したヒートマップ。下の表は MACs {share} 付近の大きな値です。",
     ),
     "prior_axis": ("MACs, share of the full model", "MACs（元のモデルに対する割合）"),
-    "prior_than_visits": (
-        "more (+) or fewer (−) channels<br>than in subnets visited, points",
-        "学習中のサブネットとの差（ポイント）<br>＋は多く、−は少なく残す",
-    ),
-    "prior_than_groups": (
-        "more (+) or fewer (−) channels<br>than the mean group, points",
-        "グループの平均との差（ポイント）<br>＋は多く、−は少なく残す",
-    ),
     "prior_cell": (
         "keeps {keeps} on average; likeliest widths: {widths}",
         "平均で {keeps} を残す。可能性の高い幅：{widths}",
@@ -253,7 +247,7 @@ TEXT: Mapping[str, tuple[str, str]] = {
     # Frozen
     "frozen": ("What was frozen, and why", "幅を変えられなかった層とその理由"),
     "frozen_lead": (
-        "{count} layers keep their output width. The reasons are those of the program that read the model.",
+        "Layers that keep their output width: {count}. The reasons are those of the program that read the model.",
         "{count} 個の層は出力幅を変えていません。理由はモデルを解析したプログラムの出力（英語）のままです。",
     ),
     "frozen_none": ("No layer was frozen.", "幅を固定された層はありません。"),
@@ -264,7 +258,8 @@ TEXT: Mapping[str, tuple[str, str]] = {
     "return": ("Return", "費用対効果"),
     "return_lead": (
         "From the figures given. Requests are served one after the other, and a machine is paid for the time it "
-        "computes; a month has {days} days. Latency is that of the comparison above, for one sample of a batch of {batch}.",
+        "computes; a month has {days} days. Latency is that of the comparison above, "
+        "for one sample of a batch of {batch}.",
         "与えられた数値による計算です。リクエストは 1 件ずつ順に処理し、計算した時間だけ料金がかかるものとします。"
         "1 か月は {days} 日です。レイテンシは上の比較の値（バッチ {batch} の 1 サンプルあたり）です。",
     ),
