@@ -223,6 +223,32 @@ def test_what_the_prior_learned_is_kept(finished: _Finished):
     assert np.shape(record["keeps"]) == np.shape(record["usual"]) == (len(record["macs_shares"]), 3)
 
 
+def test_a_run_ends_with_its_report(finished: _Finished):
+    for name in ("report.html", "report.md"):
+        text = (finished.out / name).read_text()
+        assert "Pruning report: Sequential" in text
+        assert f"{finished.record['pruned']['accuracy']:.2f}" in text
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyError("score"), ValueError("no number")])
+def test_a_report_that_cannot_be_written_does_not_cost_the_run(
+    error: Exception, tmp_path: Path, quick_export: None, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    lines: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("psenet.pipeline.write_report", fail)
+        result = prune_net(tmp_path / "run", say=lines.append)
+    assert result.record == read_record(tmp_path / "run") and not (tmp_path / "run/report.html").exists()
+    (line,) = [line for line in lines if line.startswith("the report could not be written: ")]
+    assert type(error).__name__ in line and "the run is finished all the same" in line
+    # Showing the finished run again makes up for it.
+    prune_net(tmp_path / "run", resume=True)
+    assert (tmp_path / "run/report.html").exists()
+
+
 def test_the_accuracies_are_true(finished: _Finished):
     record = finished.record
     loaded = psenet.load(finished.out, make_net)

@@ -101,7 +101,7 @@ def draw_prior(record: Mapping[str, Any], *, words: Mapping[str, str] = PRIOR_WO
         "type": "heatmap",
         "z": wider_BG.T.round(4).tolist(),
         "x": [f"{share:.1%}" for share in record["macs_shares"]],
-        "y": [escape(name) for name in record["groups"]],  # plotly reads tags in what it shows
+        "y": [escape(name, quote=False) for name in record["groups"]],  # plotly reads tags in what it shows
         "customdata": [
             [
                 words["cell"].format(

@@ -9,10 +9,10 @@ import typer
 def report(
     run: Annotated[Path, typer.Argument(help="A run directory, finished or not.")],
     lang: Annotated[str, typer.Option(help="en or ja.")] = "en",
-    price_per_hour: Annotated[float | None, typer.Option(min=0, help="Price of one machine-hour.")] = None,
-    requests_per_day: Annotated[float | None, typer.Option(min=0, help="Samples the net is run on in a day.")] = None,
-    engineering_hours: Annotated[float | None, typer.Option(min=0, help="Hours people spent on pruning.")] = None,
-    engineering_rate: Annotated[float | None, typer.Option(min=0, help="Cost of one such hour.")] = None,
+    price_per_hour: Annotated[float | None, typer.Option(help="Price of one machine-hour.")] = None,
+    requests_per_day: Annotated[float | None, typer.Option(help="Samples the net is run on in a day.")] = None,
+    engineering_hours: Annotated[float | None, typer.Option(help="Hours people spent on pruning.")] = None,
+    engineering_rate: Annotated[float | None, typer.Option(help="Cost of one such hour.")] = None,
     currency: Annotated[str | None, typer.Option(help="Shown beside amounts of money: EUR.")] = None,
 ) -> None:
     """Write a run's report as report.html and report.md; in Japanese as report.ja.html and report.ja.md.

@@ -85,7 +85,7 @@ def draw_curves(
             {
                 "type": "scatter",
                 "mode": "lines+markers",
-                "name": escape(names[training]),
+                "name": escape(names[training], quote=False),
                 "x": [one.epoch + 1 for one in epochs],
                 "y": [one.loss if abs(one.loss) < float("inf") else None for one in epochs],
                 "text": [
@@ -172,6 +172,6 @@ def _hover(one: Candidate, words: Words) -> str:
         lines.append(f"{words('memory')} {in_bytes(one.memory)}")
     if one.latency_ms is not None:
         lines.append(f"{words('latency_predicted')} {in_ms(one.latency_ms)}")
-    widths = [f"{escape(name)}: {width}" for name, width in list(one.widths.items())[:_SHOWN_GROUPS]]
+    widths = [f"{escape(name, quote=False)}: {width}" for name, width in list(one.widths.items())[:_SHOWN_GROUPS]]
     more = len(one.widths) - len(widths)
     return "<br>".join([*lines, *widths, *([f"… +{more}"] if more else [])])
