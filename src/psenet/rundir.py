@@ -3,7 +3,8 @@
 RUN/recipe.json          the settings the run was started with
 RUN/stages.json          seconds spent in each stage, and which are finished
 RUN/checkpoints/*.pt     the last epoch of each training
-RUN/stages/*             weights, history and study of the finished stages; curves.json: every epoch of the trainings
+RUN/stages/*             weights, history and study of the finished stages; for the report also curves.json (every epoch
+                         of the trainings), evaluated.json (every scored candidate) and prior.json (what it learned)
 RUN/model/*              the exported model
 RUN/result.json          the figures
 RUN/report.html, .md     the same for people

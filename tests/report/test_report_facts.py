@@ -72,9 +72,12 @@ def test_a_run_that_has_just_begun_says_so(run: Path):
     ("change", "missing"),
     [
         (lambda record: record.pop("pruned"), "result.json: pruned"),
-        (lambda record: record["uniform"].update(macs="many"), "result.json: uniform"),
-        (lambda record: record["baseline"].update(accuracy=float("nan")), "result.json: baseline"),
-        (lambda record: record["baseline"].update(latency_quartiles_ms=[1.0]), "result.json: baseline"),
+        (lambda record: record["uniform"].update(macs="many"), "result.json: uniform.macs"),
+        (lambda record: record["baseline"].update(accuracy=float("nan")), "result.json: baseline.accuracy"),
+        (
+            lambda record: record["baseline"].update(latency_quartiles_ms=[1.0]),
+            "result.json: baseline.latency_quartiles_ms",
+        ),
         (lambda record: record["layers"][1].pop("full"), "result.json: layers"),
         (lambda record: record["frozen"][0].update(macs_share=None), "result.json: frozen"),
         (lambda record: record.update(seconds={"total": "long"}), "result.json: seconds"),
@@ -88,6 +91,13 @@ def test_a_figure_that_is_none_is_left_out(change: Callable[[Any], object], miss
     html, markdown = write_report(run, language=language)
     assert missing in Page(html).text
     assert missing in re.sub(r"\\", "", markdown.read_text())
+
+
+def test_an_accuracy_that_is_not_a_number_costs_no_other_figure(run: Path):
+    _edit(run / "result.json", lambda record: record["baseline"].update(accuracy=float("nan")))
+    page = Page(write_report(run)[0])
+    assert page.row("accuracy on test data")[0] == "–" and page.row("accuracy on test data")[1].endswith(" %")
+    assert "not finished" not in page.text and "MACs" in page.text
 
 
 def test_odd_settings_in_the_record_do_not_cost_the_report(run: Path):

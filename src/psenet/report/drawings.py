@@ -116,7 +116,8 @@ def draw_prior_map(record: Mapping[str, Any], words: Words) -> tuple[list[dict[s
     bar = {"orientation": "h", "thickness": 10, "len": 0.9, "y": 1.0, "yanchor": "bottom", "outlinewidth": 0}
     title = {**heat["colorbar"]["title"], "side": "top"}
     heat["colorbar"] = {**bar, "title": title}
-    layout = base_layout(height=190 + 22 * len(record["groups"]))
+    num_groups = len(record["groups"])
+    layout = base_layout(height=190 + round(max(9.0, min(22.0, 1400 / num_groups)) * num_groups))
     layout["xaxis"] |= spec["layout"]["xaxis"]
     layout["yaxis"] |= {**spec["layout"]["yaxis"], "ticklabelstandoff": 6}
     layout["margin"]["t"] = 80

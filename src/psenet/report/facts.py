@@ -203,10 +203,26 @@ class _Reader:
     def nets(self, result: Mapping[str, Any]) -> Mapping[str, NetFacts]:
         if not result:
             return {}
-        found = {name: self._part("result.json", name, lambda name=name: _net(result[name]), None) for name in NETS}
+        found = {name: self._net(name, result) for name in NETS}
         kept = _mapping(result.get("search")).get("kept", "searched")
         files = {"baseline": "baseline", "pruned": kept, "uniform": "uniform"}
         return {name: self._weighed(net, files[name]) for name, net in found.items() if net is not None}
+
+    def _net(self, name: str, result: Mapping[str, Any]) -> NetFacts | None:
+        """Return the figures of a net; one that is damaged costs itself alone."""
+        record = self._part("result.json", name, lambda: _checked_mapping(result[name]), None)
+        if record is None:
+            return None
+        values = {
+            cost: self._part("result.json", f"{name}.{cost}", lambda cost=cost: _number(record[cost]), None)
+            for cost in COSTS
+            if record.get(cost) is not None
+        }
+        spread = None
+        if "latency_quartiles_ms" in record:
+            place = f"{name}.latency_quartiles_ms"
+            spread = self._part("result.json", place, lambda: _pair(record["latency_quartiles_ms"]), None)
+        return NetFacts(**values, latency_quartiles_ms=spread)
 
     def _weighed(self, net: NetFacts, stage: str) -> NetFacts:
         """Return a net with the size of its weights' file, where a run of an earlier version does not say it."""
@@ -270,15 +286,9 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(_number(value)) for name, value in values.items()}
 
 
-def _net(record: Any) -> NetFacts:
-    record = _checked_mapping(record)
-    values = {name: _number(record[name]) for name in COSTS if record.get(name) is not None}
-    low, high = (
-        (_number(value) for value in record["latency_quartiles_ms"])
-        if "latency_quartiles_ms" in record
-        else (None, None)
-    )
-    return NetFacts(**values, latency_quartiles_ms=None if low is None or high is None else (low, high))
+def _pair(values: Any) -> tuple[float, float]:
+    low, high = map(_number, values)
+    return low, high
 
 
 def _layer(record: Any) -> LayerFacts:
