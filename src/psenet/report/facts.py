@@ -214,14 +214,15 @@ class _Reader:
         if record is None:
             return None
         values = {
-            cost: self._part("result.json", f"{name}.{cost}", lambda cost=cost: _number(record[cost]), None)
+            cost: self._part("result.json", f"{name}.{cost}", lambda value=value: _number(value), None)
             for cost in COSTS
-            if record.get(cost) is not None
+            if (value := record.get(cost)) is not None
         }
         spread = None
         if "latency_quartiles_ms" in record:
             place = f"{name}.latency_quartiles_ms"
-            spread = self._part("result.json", place, lambda: _pair(record["latency_quartiles_ms"]), None)
+            quartiles = record["latency_quartiles_ms"]
+            spread = self._part("result.json", place, lambda: _pair(quartiles), None)
         return NetFacts(**values, latency_quartiles_ms=spread)
 
     def _weighed(self, net: NetFacts, stage: str) -> NetFacts:
