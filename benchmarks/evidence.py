@@ -1,6 +1,5 @@
 """What every benchmark writes beside its figures: command, commit, versions, hardware."""
 
-import platform
 import shlex
 import subprocess
 import sys
@@ -23,7 +22,7 @@ def write_result(name: str, figures: dict[str, Any], *, seed: int | None = None)
             "commit": _commit(),
             "seed": seed,
             "versions": versions(),
-            "hardware": {**hardware(), "processor": _processor()},
+            "hardware": hardware(),
             **figures,
         },
     )
@@ -33,12 +32,3 @@ def write_result(name: str, figures: dict[str, Any], *, seed: int | None = None)
 def _commit() -> str:
     run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return run.stdout.strip() or "unknown"
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -163,7 +163,7 @@ def read_record(run: Path) -> dict[str, Any]:
 
 def repeatable(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return what of a record must be the same when a run is repeated: all but times and the programs' sizes."""
-    kept = {name: value for name, value in record.items() if name not in ("seconds", "export")}
+    kept = {name: value for name, value in record.items() if name not in ("seconds", "finished_at", "export")}
     for net in ("baseline", "pruned", "uniform", "searched"):
         kept[net] = {name: value for name, value in record[net].items() if not name.startswith("latency")}
     return kept

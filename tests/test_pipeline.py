@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -117,23 +118,13 @@ def test_the_record_has_the_documented_structure(finished: _Finished):
     record = finished.record
     assert record == finished.result.record
     assert list(record) == [
-        *(
-            "format",
-            "model",
-            "data",
-            "budget",
-            "score_name",
-            "score_unit",
-            "accuracy_on",
-            "seed",
-            "versions",
-            "hardware",
-        ),
+        *("format", "model", "data", "budget", "limits", "score_name", "score_unit"),
+        *("accuracy_on", "test_samples", "seed", "command", "finished_at", "versions", "hardware"),
         *("baseline", "pruned", "searched", "uniform"),
-        *("widths", "searched_widths", "uniform_widths", "full_widths"),
+        *("widths", "searched_widths", "uniform_widths", "full_widths", "layers", "frozen"),
         *("seconds", "settings", "search", "export"),
     ]
-    net = {"macs", "params", "memory", "latency_ms", "latency_quartiles_ms", "accuracy"}
+    net = {"macs", "params", "memory", "weights_bytes", "latency_ms", "latency_quartiles_ms", "accuracy"}
     assert set(record["baseline"]) == net
     assert set(record["pruned"]) == set(record["uniform"]) == net | {"accuracy_before_finetune"}
     assert list(record["seconds"]) == ["baseline", "supernet", "search", "finetune", "total"]
@@ -150,7 +141,10 @@ def test_the_record_says_what_was_asked_for(finished: _Finished):
     record = finished.record
     assert (record["format"], record["model"], record["data"]) == (1, "Sequential", "loaders")
     assert record["budget"] == {"macs": "50%"}
-    assert record["accuracy_on"] == "test data"
+    assert record["limits"] == {"macs": count_macs(make_net()) // 2}
+    assert (record["accuracy_on"], record["test_samples"]) == ("test data", 90)
+    assert record["command"] is None
+    assert abs(datetime.fromisoformat(record["finished_at"]) - datetime.now(UTC)) < timedelta(hours=1)
     assert record["seed"] == record["settings"]["seed"] == 0
     assert record["settings"]["finetune"]["epochs"] == 2
     assert torch.__version__.startswith(record["versions"]["torch"])
@@ -185,6 +179,74 @@ def test_the_costs_are_true(finished: _Finished):
         assert 0 < low <= record[name]["latency_ms"] <= high
     for widths, net in (("widths", "pruned"), ("uniform_widths", "uniform")):
         assert tuple(record[widths][group] for group in GROUPS) == widths_of(nets[net])
+
+
+def test_the_layers_are_those_of_the_saved_weights(finished: _Finished):
+    files = {"full": "baseline", "pruned": finished.record["search"]["kept"], "uniform": "uniform"}
+    states = {net: load_file(finished.out / f"stages/{name}.safetensors") for net, name in files.items()}
+    kinds = {"0": "Conv2d", "3": "Conv2d", "6": "Conv2d", "11": "Linear"}
+    assert finished.record["layers"] == [
+        {"name": name, "kind": kind, **{net: len(state[f"{name}.weight"]) for net, state in states.items()}}
+        for name, kind in kinds.items()
+    ]
+    for net, name in (("baseline", "full"), ("pruned", "pruned"), ("uniform", "uniform")):
+        tensors = states[name].values()
+        assert finished.record[net]["weights_bytes"] == sum(len(tensor.numpy().tobytes()) for tensor in tensors)
+
+
+def test_what_cannot_vary_is_named_with_its_reason(finished: _Finished):
+    (head,) = [item for item in finished.record["frozen"] if item["layer"] == "11"]
+    assert head["reason"] and head["macs_share"] == pytest.approx(16 * 3 / count_macs(make_net()), rel=1e-6)
+
+
+def test_every_scored_candidate_is_kept_with_its_costs(finished: _Finished):
+    candidates = json.loads((finished.out / "stages/evaluated.json").read_text())["candidates"]
+    trials = _study(finished.out).trials
+    assert [one["widths"] for one in candidates] == [trial.params for trial in trials]
+    assert [one["score"] for one in candidates] == [trial.value for trial in trials]
+    for one in candidates:
+        net = make_net(*(one["widths"][group] for group in GROUPS))
+        assert (one["macs"], one["params"]) == (count_macs(net), count_params(net))
+        assert one["memory"] > 0 and "latency_ms" not in one
+
+
+def test_every_training_leaves_its_curve(finished: _Finished):
+    curves = json.loads((finished.out / "stages/curves.json").read_text())
+    assert set(curves) == {"baseline", "supernet", "searched", "uniform"}
+    for epochs in curves.values():
+        assert [(one["epoch"], one["step"]) for one in epochs] == [(0, 3), (1, 6)]
+
+
+def test_what_the_prior_learned_is_kept(finished: _Finished):
+    record = json.loads((finished.out / "stages/prior.json").read_text())
+    assert record["groups"] == list(GROUPS) and record["versus"] == "visits"
+    assert np.shape(record["keeps"]) == np.shape(record["usual"]) == (len(record["macs_shares"]), 3)
+
+
+def test_a_run_ends_with_its_report(finished: _Finished):
+    for name in ("report.html", "report.md"):
+        text = (finished.out / name).read_text()
+        assert "Pruning report: Sequential" in text
+        assert f"{finished.record['pruned']['accuracy']:.2f}" in text
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyError("score"), ValueError("no number")])
+def test_a_report_that_cannot_be_written_does_not_cost_the_run(
+    error: Exception, tmp_path: Path, quick_export: None, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    lines: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("psenet.pipeline.write_report", fail)
+        result = prune_net(tmp_path / "run", say=lines.append)
+    assert result.record == read_record(tmp_path / "run") and not (tmp_path / "run/report.html").exists()
+    (line,) = [line for line in lines if line.startswith("the report could not be written: ")]
+    assert type(error).__name__ in line and "the run is finished all the same" in line
+    # Showing the finished run again makes up for it.
+    prune_net(tmp_path / "run", resume=True)
+    assert (tmp_path / "run/report.html").exists()
 
 
 def test_the_accuracies_are_true(finished: _Finished):

@@ -53,12 +53,13 @@ def _printed(record: dict[str, Any], width: int = 160) -> list[list[str]]:
 
 def test_the_figures_of_a_net_are_those_of_its_widths():
     space = psenet.trace(_net(), torch.zeros(1, 3, 5, 5))
-    record = net_record(space, psenet.Widths({"0": 8}), latency=LATENCY, accuracy=12.345678)
+    record = net_record(space, psenet.Widths({"0": 8}), latency=LATENCY, accuracy=12.345678, weights_bytes=1024)
     # 25 pixels; convolutions of 3 to 8 channels with 9 weights each and of 8 to 4 with one; two biases.
     assert record == {
         "macs": 25 * (3 * 8 * 9 + 8 * 4),
         "params": 3 * 8 * 9 + 8 + 8 * 4 + 4,
         "memory": space.memory(psenet.Widths({"0": 8})),
+        "weights_bytes": 1024,
         "latency_ms": 1.2346,
         "latency_quartiles_ms": [1.0, 2.0001],
         "accuracy": 12.3457,
@@ -68,7 +69,7 @@ def test_the_figures_of_a_net_are_those_of_its_widths():
 
 def test_the_accuracy_before_fine_tuning_is_there_where_it_is_known():
     space = psenet.trace(_net(), torch.zeros(1, 3, 5, 5))
-    record = net_record(space, space.full(), latency=LATENCY, accuracy=50.0, before_finetune=0.0)
+    record = net_record(space, space.full(), latency=LATENCY, accuracy=50.0, weights_bytes=1, before_finetune=0.0)
     assert record["accuracy_before_finetune"] == 0.0
 
 
@@ -95,7 +96,9 @@ def test_a_package_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_hardware_is_named():
-    assert hardware() == {
+    found = hardware()
+    assert isinstance(found.pop("processor"), str)
+    assert found == {
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],

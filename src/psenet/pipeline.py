@@ -1,6 +1,6 @@
 """`prune`: the whole way from a model to a smaller one, stage by stage, each resumable.
 
-baseline -> supernet -> search -> fine-tune -> test -> export -> result
+baseline -> supernet -> search -> fine-tune -> test -> export -> result -> report
 """
 
 import copy
@@ -17,10 +17,11 @@ from torch.utils.data import DataLoader
 from psenet.artifact import load
 from psenet.budget import Budget, uniform_widths
 from psenet.config import PruneConfig
-from psenet.errors import InputError
+from psenet.errors import InputError, first_line
 from psenet.export import ExportReport, export_model
 from psenet.history import History
 from psenet.inputs import Inputs
+from psenet.report import write_report
 from psenet.rundir import read_json, write_json
 from psenet.slicing import narrow_attributes
 from psenet.space import WidthSpace
@@ -67,6 +68,7 @@ def prune(
     resume: bool = False,
     workers: int = 1,
     description: Mapping[str, str] | None = None,
+    command: str | None = None,
     say: Say | None = None,
     show_progress: bool = False,
 ) -> PruneResult:
@@ -87,6 +89,7 @@ def prune(
         resume: Continue the run in `out`, if there is one.
         workers: Score candidates in so many processes; see `psenet.search`.
         description: `model` and `data` as a person would name them, for the record.
+        command: The command line, for the record.
         say: Gets a line for a person at each stage; None for silence.
         show_progress: Whether to show progress bars.
 
@@ -119,6 +122,8 @@ def finish(run: Run) -> PruneResult:
     """Do all stages of a run that are not done yet."""
     if _is_done(run, "export"):
         run.say("this run is finished; its figures are shown again")
+        if not (run.folder.path / "report.html").exists():
+            _write_report(run)
         return read_result(run)
     announce(run)
     products = _Products(run)
@@ -205,7 +210,21 @@ class _Products:
         report = _write_model(run, nets[kept])
         record |= {"search": {**self.search.record, "kept": kept}, "export": report.as_dict()}
         write_json(run.folder.file(_RESULT), record)
+        _write_report(run)
         return record
+
+
+def _write_report(run: Run) -> None:
+    """Write the report of a run that is finished, and stays so whatever becomes of its report."""
+    from jinja2 import TemplateError
+
+    try:
+        write_report(run.folder.path, language=run.language, figures=run.returns)
+    except (OSError, ImportError, ValueError, TypeError, LookupError, AttributeError, TemplateError) as error:
+        run.say(
+            f"the report could not be written: {first_line(error)}; the run is finished all the same, and "
+            f"`psenet report {run.folder.path}` writes it again"
+        )
 
 
 def _write_model(run: Run, net: Finalist) -> ExportReport:

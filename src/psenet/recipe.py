@@ -13,9 +13,9 @@ from typing import Any, get_type_hints
 from psenet.budget import Budget
 from psenet.config import PruneConfig
 from psenet.errors import InputError
+from psenet.report.money import ReturnFigures
+from psenet.report.text import LANGUAGES, Language
 from psenet.yaml_text import Document, Key, read_yaml
-
-LANGUAGES = ("en", "ja")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,32 +61,16 @@ class DataChoice:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportChoice:
+class ReportChoice(ReturnFigures):
     """What the report says beside the run's own figures."""
 
-    language: str = "en"
+    language: Language = "en"
     """en or ja."""
-    price_per_hour: float | None = None
-    """Of a machine, in `currency`: with `requests_per_day` the report works out what the small net saves."""
-    requests_per_day: float | None = None
-    """Forward passes that the machines serve, one after the other."""
-    engineering_hours: float | None = None
-    """Spent on the pruning."""
-    engineering_rate: float | None = None
-    """Cost of such an hour, in `currency`."""
-    currency: str = "USD"
-    """As it is to be shown."""
 
     def __post_init__(self) -> None:
-        problems = []
+        super().__post_init__()
         if self.language not in LANGUAGES:
-            problems.append(f"language must be one of {', '.join(LANGUAGES)}; got {self.language!r}")
-        for name in ("price_per_hour", "requests_per_day", "engineering_hours", "engineering_rate"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < float("inf"):
-                problems.append(f"{name} must be a finite number of at least 0; got {value}")
-        if problems:
-            raise InputError("; ".join(problems))
+            raise InputError(f"language must be one of {', '.join(LANGUAGES)}; got {self.language!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

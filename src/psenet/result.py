@@ -4,14 +4,20 @@
 
     format       1
     accuracy_on  "test data", or "validation data" where there was none
-    model, data  as given; budget: the limits as given; seed
+    test_samples how many samples the accuracies are on
+    model, data  as given; budget: the limits as given; limits: the same as absolute numbers; seed
+    command      the command line, or null where the run is of a Python program; finished_at: when, in UTC
     versions     of python, torch, timm, psenet; hardware: what it ran on
-    baseline     macs, params, memory (bytes), latency_ms, latency_quartiles_ms, accuracy
+    baseline     macs, params, memory (bytes of activations), weights_bytes (of parameters and buffers, in the precision
+                 they are kept in: float32 as a rule), latency_ms, latency_quartiles_ms, accuracy
     pruned       the same, and accuracy_before_finetune
     uniform      the same for the uniform-width net of the same MACs, trained by the same recipe
     searched     the same for the net that the search found, whether it was kept or not
     widths       group name to width of the pruned net; uniform_widths, searched_widths, full_widths: the same of the
                  others
+    layers       of every convolution and linear layer its name, kind and output channels in the full, the pruned and
+                 the uniform net
+    frozen       of every layer whose width cannot vary the layer, the reason and its macs_share, 0 to 1
     seconds      baseline, supernet, search, finetune, total
     settings     everything else the run was asked for
     search       num_evaluations; best_score: mean probability of the true class on validation data, in percent;
@@ -24,6 +30,7 @@
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from psenet.latency import Latency
@@ -38,13 +45,20 @@ _RECORDED = ("psenet", "torch", "torchvision", "timm", "optuna", "onnxruntime")
 
 
 def net_record(
-    space: WidthSpace, widths: Widths, *, latency: Latency, accuracy: float, before_finetune: float | None = None
+    space: WidthSpace,
+    widths: Widths,
+    *,
+    latency: Latency,
+    accuracy: float,
+    weights_bytes: int,
+    before_finetune: float | None = None,
 ) -> dict[str, Any]:
     """Return the figures of one net."""
     record: dict[str, Any] = {
         "macs": space.macs(widths),
         "params": space.params(widths),
         "memory": space.memory(widths),
+        "weights_bytes": weights_bytes,
         "latency_ms": round(latency.median_ms, 4),
         "latency_quartiles_ms": [round(latency.q1_ms, 4), round(latency.q3_ms, 4)],
         "accuracy": round(accuracy, 4),
@@ -70,7 +84,22 @@ def hardware() -> dict[str, Any]:
     import torch
 
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return {"machine": platform.machine(), "threads": torch.get_num_threads(), "gpus": gpus}
+    return {
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+    }
+
+
+def _processor() -> str:
+    """Return the processor's name; Python knows it only outside Linux."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def result_table(record: Mapping[str, Any]) -> "Table":

@@ -7,6 +7,7 @@ RUN/stages/*             weights, history and study of the finished stages; curv
 RUN/logs/*               for TensorBoard, where wanted
 RUN/model/*              the exported model
 RUN/result.json          the figures
+RUN/report.html, .md     the same for people
 """
 
 import json

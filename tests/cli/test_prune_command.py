@@ -1,4 +1,5 @@
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,8 +91,9 @@ def test_the_table_shows_the_figures_of_the_record(run: _Run):
     assert f"{MODEL} on digits" in out
 
 
-def test_the_last_lines_say_where_figures_and_model_are(run: _Run):
-    *_, figures, model = run.ended.out.splitlines()
+def test_the_last_lines_say_where_report_figures_and_model_are(run: _Run):
+    *_, report, figures, model = run.ended.out.splitlines()
+    assert report == f"report:  {run.out / 'report.html'}" and (run.out / "report.html").is_file()
     assert figures == f"figures: {run.out / 'result.json'}"
     assert model == f"model:   {run.out / 'model'}"
     assert {path.name for path in (run.out / "model").iterdir()} == set(run.record["export"]["bytes"])
@@ -102,6 +104,7 @@ def test_the_record_names_what_was_asked_for(run: _Run):
     record = run.record
     assert (record["model"], record["data"], record["budget"]) == (MODEL, "digits", {"macs": "50%"})
     assert record["seed"] == 3
+    assert shlex.split(record["command"]) == ["psenet", *run.arguments]
     assert record["settings"]["baseline"]["learning_rate"] == 0.05
     assert record["settings"]["num_evaluations"] == record["search"]["num_evaluations"] == 4
 

@@ -1,12 +1,13 @@
 """`psenet`: the entry point, and what becomes of errors."""
 
 import functools
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 
 import typer
 
-from psenet.cli import bench, compare, env, export, finetune, init, inspect, prune, search, train
+from psenet.cli import bench, compare, env, export, finetune, init, inspect, prune, report, search, train
 from psenet.errors import InputError
 
 USER_MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130
@@ -38,7 +39,7 @@ app = typer.Typer(
 for command in (
     *(prune.prune, init.init, inspect.inspect),
     *(train.train, search.search, finetune.finetune, export.export),
-    *(bench.bench, compare.compare, env.env),
+    *(bench.bench, compare.compare, report.report, env.env),
 ):
     app.command(command.__name__)(_stoppable(command))
 
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = arguments[:1] == ["--debug"]
     try:
-        app(arguments, standalone_mode=True)
+        app(arguments, standalone_mode=True, obj=shlex.join(["psenet", *arguments]))
     except _StoppedError:
         print("\nstopped; what is finished is kept: the same command with --resume continues", file=sys.stderr)
         sys.exit(INTERRUPTED)

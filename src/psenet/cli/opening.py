@@ -73,6 +73,7 @@ def open_run(recipe: "Recipe", place: Place, console: "Console") -> "Run":
 
 def make_job(recipe: "Recipe", place: Place, console: "Console") -> "Job":
     """Load the data and build the model that a recipe names."""
+    import click
     import torch
 
     from psenet.data import load_data
@@ -109,7 +110,10 @@ def make_job(recipe: "Recipe", place: Place, console: "Console") -> "Job":
         budget=recipe.budget,
         config=recipe.prune_config(),
         names={"model": recipe.model.name, "data": chosen.source},
+        command=click.get_current_context().obj,
         workers=place.workers,
+        language=recipe.report.language,
+        returns=recipe.report,
         say=_teller(console),
         show_progress=console.is_terminal,
         **_loaders(splits, sizes, batch_size=chosen.batch_size, seed=seed, num_workers=place.data_workers),

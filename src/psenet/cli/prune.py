@@ -129,7 +129,10 @@ def prune(
     place = Place(out=out, resume=resume, trained_in=trained_in, workers=workers, data_workers=data_workers)
     result = finish(open_run(chosen, place, console))
     console.print(result_table(result.record))
-    console.print(f"figures: {out / 'result.json'}\nmodel:   {out / 'model'}", highlight=False, soft_wrap=True)
+    places = {"report": out / "report.html", "figures": out / "result.json", "model": out / "model"}
+    for name, path in places.items():
+        if path.exists():
+            console.print(f"{name + ':':<9}{path}", highlight=False, soft_wrap=True)
 
 
 def forecast(recipe: "Recipe", place: "Place") -> None:

@@ -14,6 +14,8 @@ from psenet.devices import on_device
 from psenet.evaluate import eval_mode
 from psenet.inputs import Inputs
 from psenet.logs import Logs
+from psenet.report.money import ReturnFigures
+from psenet.report.text import Language
 from psenet.rundir import RunDirectory
 from psenet.space import WidthSpace
 from psenet.task import Task
@@ -54,8 +56,14 @@ class Run:
     """For TensorBoard; they write nothing where they are not wanted."""
     names: dict[str, str]
     """`model` and `data` as a person would name them."""
+    command: str | None
+    """The command line that started this run or went on with it; None from Python."""
     workers: int
     """Processes that score candidates."""
+    language: Language
+    """Of its report."""
+    returns: ReturnFigures
+    """What its report works the return out from."""
     say: Say
     show_progress: bool
     device: torch.device

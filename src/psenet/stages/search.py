@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from psenet.budget import Limits, uniform_widths
+from psenet.charts import prior_record
 from psenet.devices import on_device
 from psenet.errors import InputError
 from psenet.estimate import say_duration
@@ -17,6 +18,7 @@ from psenet.predictor import Predictor
 from psenet.prior import Prior
 from psenet.progress import progress_bar
 from psenet.rundir import read_json, write_json
+from psenet.space import WidthSpace
 from psenet.stages.run import Run
 from psenet.supernet import Supernet
 from psenet.widths import Widths
@@ -102,6 +104,8 @@ def _search(run: Run, supernet: Supernet, history: History) -> _Chosen:
         else:
             chosen = _search_measured(run, searcher, supernet)
     best, found = chosen.best, chosen.found
+    write_json(run.folder.file("stages/evaluated.json"), {"candidates": _candidates(run.space, found.evaluated)})
+    write_json(run.folder.file("stages/prior.json"), prior_record(searcher.prior, history=history))
     run.say(
         f"winner: score {best.score:.2f} at {best.macs / 1e6:.1f}M MACs, best of {len(found.evaluated)}; "
         f"the score is the {run.task.search_score_name} on validation data"
@@ -112,6 +116,24 @@ def _search(run: Run, supernet: Supernet, history: History) -> _Chosen:
             f"{found.predicted_rank_correlation:.2f}"
         )
     return chosen
+
+
+def _candidates(space: WidthSpace, evaluated: Sequence[Evaluation]) -> list[dict[str, Any]]:
+    """Return every scored candidate with its costs, in the order in which they were scored."""
+    widths = [one.widths for one in evaluated]
+    costs: dict[str, list[Any]] = {"memory": space.memory(widths).tolist()}
+    if space.costs.latency_ms is not None:
+        costs["latency_ms"] = space.latency_ms(widths).round(4).tolist()
+    return [
+        {
+            "widths": dict(one.widths),
+            "score": one.score,
+            "macs": one.macs,
+            "params": one.params,
+            **{name: values[number] for name, values in costs.items()},
+        }
+        for number, one in enumerate(evaluated)
+    ]
 
 
 @dataclass(frozen=True)

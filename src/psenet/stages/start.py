@@ -22,6 +22,8 @@ from psenet.latency_model import NUM_SUBNETS, LatencyModel
 from psenet.logs import Logs, check_tensorboard
 from psenet.progress import progress_bar
 from psenet.reading import trace
+from psenet.report.money import ReturnFigures
+from psenet.report.text import Language
 from psenet.rundir import RunDirectory, changed_settings, check_folder, read_json
 from psenet.space import WidthSpace
 from psenet.stages.figures import plain_budget
@@ -57,6 +59,12 @@ class Job:
     """`model` and `data` as a person would name them."""
     workers: int = 1
     """Processes that score candidates."""
+    command: str | None = None
+    """The command line that asks for this; None from Python."""
+    language: Language = "en"
+    """Of the report."""
+    returns: ReturnFigures = field(default_factory=ReturnFigures)
+    """What the report works the return out from."""
     say: Say = silent
     show_progress: bool = False
 
@@ -130,7 +138,10 @@ def start_run(
         folder=folder,
         logs=Logs(out / "logs" if config.tensorboard else None),
         names=_names(job),
+        command=job.command,
         workers=job.workers,
+        language=job.language,
+        returns=job.returns,
         say=job.say,
         show_progress=job.show_progress,
         device=make_accelerator().device,
