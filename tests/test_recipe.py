@@ -191,8 +191,11 @@ def test_all_mistakes_are_named_at_once_with_their_lines(write: Any):
             "budget: {macs: 1}\nlatency: {engine: tpu}\n",
             "4: latency: engine must be one of eager, compile, onnxruntime",
         ),
-        ("budget: {macs: 1}\nreport: {language: de}\n", "4: report: language must be one of en, ja; got 'de'"),
-        ("budget: {macs: 1}\nreport: {price_per_hour: -1}\n", "4: report: price_per_hour must be a finite number"),
+        ("budget: {macs: 1}\nreport: {language: de}\n", "4: report.language: input should be 'en' or 'ja'; got 'de'"),
+        (
+            "budget: {macs: 1}\nreport: {price_per_hour: -1}\n",
+            "4: report: price_per_hour must be a number of at least 0",
+        ),
         ("budget: {macs: 1}\nfocus: perhaps\n", "4: focus: must be true or false; got 'perhaps'"),
         ("budget: {macs: 1}\n7: 8\n", "4: there is no 7; there are model, data, budget"),
         ("budget: {macs: 1}\nsupernet: {3: 4}\n", "4: there is no 3 in 'supernet'; there are epochs"),

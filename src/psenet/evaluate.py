@@ -25,8 +25,8 @@ IGNORED = -100
 ForwardFn = Callable[[nn.Module, Any], Any]
 """`forward_fn(module, batch)` runs the module on one batch and returns its outputs."""
 ScoreFn = Callable[[nn.Module, Any], float]
-"""`score_fn(module, batches)` goes through the batches, a list or a DataLoader, and returns a score, higher is better; the
-module comes in eval mode, without gradients."""
+"""`score_fn(module, batches)` goes through the batches, a list or a DataLoader, and returns a score, higher is better;
+the module comes in eval mode, without gradients."""
 
 
 class HasSubnets(Protocol):

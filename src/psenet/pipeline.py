@@ -111,6 +111,7 @@ def prune(
         config=config or PruneConfig(),
         task=task or CLASSIFICATION,
         names=description or {},
+        command=command,
         workers=workers,
         say=say or silent,
         show_progress=show_progress,

@@ -14,7 +14,7 @@ from psenet.budget import Budget
 from psenet.config import PruneConfig
 from psenet.errors import InputError
 from psenet.report.money import ReturnFigures
-from psenet.report.text import LANGUAGES, Language
+from psenet.report.text import Language
 from psenet.yaml_text import Document, Key, read_yaml
 
 
@@ -66,11 +66,6 @@ class ReportChoice(ReturnFigures):
 
     language: Language = "en"
     """en or ja."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.language not in LANGUAGES:
-            raise InputError(f"language must be one of {', '.join(LANGUAGES)}; got {self.language!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

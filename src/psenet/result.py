@@ -3,6 +3,8 @@
 `result.json` is stable. Accuracies are percent on test data, latencies the median in milliseconds:
 
     format       1
+    score_name   what nets are judged by: "accuracy", or a score of the user's own, which then stands under `accuracy`;
+                 score_unit: what stands behind its numbers
     accuracy_on  "test data", or "validation data" where there was none
     test_samples how many samples the accuracies are on
     model, data  as given; budget: the limits as given; limits: the same as absolute numbers; seed
@@ -112,6 +114,7 @@ def result_table(record: Mapping[str, Any]) -> "Table":
     for name in names:
         table.add_column(name, justify="right")
     base = record["baseline"]
+    score, unit = record.get("score_name", "accuracy"), record.get("score_unit", "%")
     rows: list[tuple[str, list[str]]] = [
         ("MACs", [_with_share(record[name]["macs"], base["macs"]) for name in names]),
         ("FLOPs", [_short(2 * record[name]["macs"]) for name in names]),
@@ -119,8 +122,11 @@ def result_table(record: Mapping[str, Any]) -> "Table":
         ("peak activations", [f"{record[name]['memory'] / 1024:,.0f} KiB" for name in names]),
         (_latency_title(record), [f"{record[name]['latency_ms']:.2f} ms" for name in names]),
         ("  its quartiles", [_range(record[name]["latency_quartiles_ms"]) for name in names]),
-        ("accuracy before fine-tuning", [_percent(record[name].get("accuracy_before_finetune")) for name in names]),
-        (f"accuracy on {record['accuracy_on']}", [_percent(record[name]["accuracy"]) for name in names]),
+        (
+            f"{score} before fine-tuning",
+            [_scored(record[name].get("accuracy_before_finetune"), unit) for name in names],
+        ),
+        (f"{score} on {record['accuracy_on']}", [_scored(record[name]["accuracy"], unit) for name in names]),
     ]
     for title, cells in rows:
         table.add_row(title, *cells)
@@ -138,8 +144,8 @@ def _range(quartiles_ms: Sequence[float]) -> str:
     return f"{low:.2f}-{high:.2f} ms"
 
 
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f} %"
+def _scored(value: float | None, unit: str) -> str:
+    return "" if value is None else f"{value:.2f} {unit}".strip()
 
 
 def _with_share(value: int, whole: int) -> str:

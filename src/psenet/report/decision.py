@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 from psenet.report.confidence import overlap, wilson_interval
 from psenet.report.facts import NetFacts, RunFacts
-from psenet.report.shown import change, in_bytes, in_ms, percent, points, share, short
+from psenet.report.shown import change, in_bytes, in_ms, points, share, short
 from psenet.report.text import Words
 
 SHOWN: Mapping[str, Callable[[float | None], str]] = {
@@ -27,9 +27,14 @@ def decision_lines(facts: RunFacts, words: Words) -> tuple[str, ...]:
     return tuple(line for line in lines if line)
 
 
+def score_name(facts: RunFacts, words: Words) -> str:
+    """Return what the nets are judged by: accuracy in the report's language, a score of the user's as it is named."""
+    return words("accuracy") if facts.is_accuracy else str(facts.result["score_name"])
+
+
 def interval(net: NetFacts, facts: RunFacts) -> tuple[float, float] | None:
     """Return the 95 % interval of a net's accuracy, in percent, where the run says on how many samples it is."""
-    if net.accuracy is None or facts.num_samples is None or not 0 <= net.accuracy <= 100:
+    if not facts.is_accuracy or net.accuracy is None or facts.num_samples is None or not 0 <= net.accuracy <= 100:
         return None
     return wilson_interval(net.accuracy, facts.num_samples)
 
@@ -54,8 +59,9 @@ def _gain(facts: RunFacts, words: Words) -> str:
         parts.append(
             words(
                 "decision_accuracy",
-                before=percent(base.accuracy),
-                after=percent(pruned.accuracy),
+                score=score_name(facts, words),
+                before=facts.show_score(base.accuracy),
+                after=facts.show_score(pruned.accuracy),
                 difference=points(pruned.accuracy - base.accuracy),
                 doubt=_said("clause", _doubt(base, pruned, facts, words), words),
             )
@@ -146,7 +152,7 @@ def _search(facts: RunFacts, words: Words) -> str:
     if uniform.accuracy is not None and pruned.accuracy is not None:
         difference = points(pruned.accuracy - uniform.accuracy)
         doubt = _said("aside", _doubt(uniform, pruned, facts, words), words)
-        parts.append(words("versus_accuracy", difference=difference, doubt=doubt))
+        parts.append(words("versus_accuracy", score=score_name(facts, words), difference=difference, doubt=doubt))
     return words("against_uniform", parts=words("joined").join(parts)) if parts else ""
 
 
@@ -155,4 +161,4 @@ def _searched_accuracy(facts: RunFacts, words: Words) -> str:
     accuracy = searched.get("accuracy") if isinstance(searched, Mapping) else None
     if not isinstance(accuracy, int | float) or where not in ("test data", "validation data"):
         return words("sentence", parts="")
-    return words("searched_accuracy", accuracy=percent(accuracy), where=words(where))
+    return words("searched_accuracy", accuracy=facts.show_score(accuracy), where=words(where))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from psenet.errors import InputError, first_line
+from psenet.report.shown import percent
 from psenet.rundir import read_json
 from psenet.training.curves import Curves, EpochRecord
 
@@ -109,6 +110,18 @@ class RunFacts:
     ranking: Ranking | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     missing: tuple[Missing, ...] = ()
+
+    @property
+    def is_accuracy(self) -> bool:
+        """Whether the score is accuracy, and not one of the user's own."""
+        return self.result.get("score_name", "accuracy") == "accuracy"
+
+    def show_score(self, score: float | None) -> str:
+        """Return a score with its unit, for a person."""
+        unit = self.result.get("score_unit", "%")
+        if unit == "%" or score is None:
+            return percent(score)
+        return f"{score:.4g} {unit}".strip()
 
     @property
     def num_samples(self) -> int | None:

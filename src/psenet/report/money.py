@@ -32,7 +32,7 @@ class ReturnFigures:
     """Shown beside amounts of money, as it is."""
 
     def __post_init__(self) -> None:
-        given = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "currency"}
+        given = {field.name: getattr(self, field.name) for field in fields(ReturnFigures) if field.name != "currency"}
         problems = [
             f"{name} must be a number of at least 0; got {value}"
             for name, value in given.items()

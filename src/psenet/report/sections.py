@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from psenet.report.blocks import Bar, Block, Cell, Chart, Choice, Paragraph, Section, Slider, Table
-from psenet.report.decision import interval
+from psenet.report.decision import interval, score_name
 from psenet.report.drawings import PICKED, draw_curves, draw_front, draw_prior_map, draw_ranking
 from psenet.report.facts import NETS, Candidate, NetFacts, RunFacts
 from psenet.report.shown import DASH, digits, in_bytes, in_ms, percent, points, share, short, with_share
@@ -21,7 +21,7 @@ def comparison(facts: RunFacts, words: Words) -> Section:
     base = nets[0]
     where = facts.result.get("accuracy_on")
     where = words(where) if where in ("test data", "validation data") else words("unknown")
-    spans = [interval(net, facts) for net in nets]
+    spans, score = [interval(net, facts) for net in nets], score_name(facts, words)
     rows: list[tuple[Cell, ...]] = [
         (words("macs"), *(with_share(short(net.macs), net.macs, base.macs) for net in nets)),
         (words("flops"), *(short(None if net.macs is None else 2 * net.macs) for net in nets)),
@@ -34,15 +34,13 @@ def comparison(facts: RunFacts, words: Words) -> Section:
         (words("latency_row", batch=facts.batch_size), *(in_ms(net.latency_ms) for net in nets)),
         (words("quartiles"), *(_quartiles(net) for net in nets)),
         (words("speed_up"), *(_speed_up(base, net) for net in nets)),
-        (words("before_finetune"), *(percent(net.accuracy_before_finetune) for net in nets)),
-        (words("accuracy_row", where=where), *(percent(net.accuracy) for net in nets)),
+        (words("before_finetune", score=score), *(facts.show_score(net.accuracy_before_finetune) for net in nets)),
+        (words("accuracy_row", score=score, where=where), *(facts.show_score(net.accuracy) for net in nets)),
         (words("interval"), *(DASH if span is None else f"{span[0]:.2f}–{span[1]:.2f}\u00a0%" for span in spans)),
     ]
     header = (words("metric"), *(words(name) for name in NETS))
     notes = [words("compare_units"), _measured_by(facts, words)]
-    notes.append(
-        words("no_interval") if facts.num_samples is None else words("compare_interval", count=f"{facts.num_samples:,}")
-    )
+    notes.append(_about_intervals(facts, words))
     return Section(
         name="compare",
         title=words("compare"),
@@ -51,6 +49,14 @@ def comparison(facts: RunFacts, words: Words) -> Section:
             Table(header=header, rows=tuple(rows)),
             *(Paragraph(text=note, is_note=True) for note in notes if note),
         ),
+    )
+
+
+def _about_intervals(facts: RunFacts, words: Words) -> str:
+    if not facts.is_accuracy:
+        return words("no_interval_of_score", score=score_name(facts, words))
+    return (
+        words("no_interval") if facts.num_samples is None else words("compare_interval", count=f"{facts.num_samples:,}")
     )
 
 
@@ -114,7 +120,7 @@ def _slider(facts: RunFacts, front: Sequence[Candidate], full_macs: float, words
     def values(one: Candidate) -> tuple[str, ...]:
         shown = [with_share(short(one.macs), one.macs, full_macs), short(one.params)]
         shown += [in_bytes(one.memory)] * with_memory + [in_ms(one.latency_ms)] * with_latency
-        return (*shown, percent(one.score))
+        return (*shown, percent(one.score) if facts.is_accuracy else f"{one.score:.4g}")
 
     widest = facts.result.get("full_widths") or {}
     groups = {name: int(widest.get(name) or max(one.widths[name] for one in front)) for name in front[0].widths}

@@ -38,8 +38,8 @@ TEXT: Mapping[str, tuple[str, str]] = {
     ),
     "latency_doubt": ("the quartiles overlap", "四分位範囲は重なっている"),
     "decision_accuracy": (
-        "accuracy {before} → {after} ({difference} points{doubt})",
-        "精度 {before} → {after}（{difference} ポイント{doubt}）",
+        "{score} {before} → {after} ({difference} points{doubt})",
+        "{score} {before} → {after}（{difference} ポイント{doubt}）",
     ),
     "accuracy_overlap": (
         "the 95 % intervals overlap: these {count} samples do not tell the two apart",
@@ -77,7 +77,7 @@ TEXT: Mapping[str, tuple[str, str]] = {
         "Against uniform pruning within the same budget: {parts}.",
         "同じ予算での一様縮小との比較：{parts}。",
     ),
-    "versus_accuracy": ("accuracy {difference} points{doubt}", "精度 {difference} ポイント{doubt}"),
+    "versus_accuracy": ("{score} {difference} points{doubt}", "{score} {difference} ポイント{doubt}"),
     "versus_cost": ("{cost} {difference}{doubt}", "{cost} {difference}{doubt}"),
     "flattered": (
         "The accuracies are on validation data, which chose the net: they flatter it.",
@@ -105,9 +105,9 @@ TEXT: Mapping[str, tuple[str, str]] = {
     "quartiles": ("latency, quartiles", "レイテンシ（四分位範囲）"),
     "speed_up": ("speed-up", "高速化率"),
     "accuracy": ("accuracy", "精度"),
-    "accuracy_row": ("accuracy on {where}", "精度（{where}）"),
-    "interval": ("95 % interval of it", "精度の 95 % 信頼区間"),
-    "before_finetune": ("accuracy before fine-tuning", "ファインチューニング前の精度"),
+    "accuracy_row": ("{score} on {where}", "{score}（{where}）"),
+    "interval": ("95 % interval of it", "その 95 % 信頼区間"),
+    "before_finetune": ("{score} before fine-tuning", "{score}（ファインチューニング前）"),
     "test data": ("test data", "テストデータ"),
     "validation data": ("validation data", "検証データ"),
     "compare_units": (
@@ -129,6 +129,10 @@ TEXT: Mapping[str, tuple[str, str]] = {
     "no_interval": (
         "This run does not say on how many samples the accuracies are, so they have no intervals here.",
         "この実行には精度の評価に使ったサンプル数が記録されていないため、信頼区間は示せません。",
+    ),
+    "no_interval_of_score": (
+        "No intervals are shown of {score}: how it varies from sample to sample is not known here.",
+        "{score}のサンプルごとのばらつきは分からないため、信頼区間は示せません。",
     ),
     # Front
     "front": ("Candidates and the Pareto front", "候補とパレートフロント"),
