@@ -3,6 +3,11 @@
     python benchmarks/end_to_end.py digits --seeds 3
     python benchmarks/end_to_end.py cifar10-resnet20 --data FOLDER --seeds 3
     python benchmarks/end_to_end.py cifar10-mobilenetv2 --data FOLDER --seeds 1
+    python benchmarks/end_to_end.py cifar10-fastnas --data FOLDER --seeds 1
+    python benchmarks/end_to_end.py cifar10-fastnas-20M --data FOLDER --seeds 1
+
+The last two are the task of the tutorial of NVIDIA Model Optimizer's FastNAS: the ResNet-20 with zero-padded shortcuts to
+29.6M MACs; and to 20M, which FastNAS refuses, from the supernet of the first. Run them from the root of the repository.
 
 Every seed is a run of its own in runs/end_to_end/CASE-SEED, and an interrupted one is resumed. The schedules of the
 CIFAR-10 cases are short, for two CPU cores: they compare nets trained alike, not with published accuracies.
@@ -32,7 +37,13 @@ CASES = {
         "--model timm:mobilenetv2_100 --macs 50% --image-size 64 --max-train-images 6000 --distill 0.5 "
         "--baseline-epochs 10 --supernet-epochs 10 --finetune-epochs 4 --evaluations 40"
     ),
+    "cifar10-fastnas": (
+        "--model benchmarks.nets:ZeroPaddedResNet20 --macs 29.6M --divisor 4 --max-train-images 15000 --distill 0.5 "
+        "--baseline-epochs 12 --supernet-epochs 12 --finetune-epochs 5 --evaluations 60"
+    ),
+    "cifar10-fastnas-20M": "--from cifar10-fastnas --model benchmarks.nets:ZeroPaddedResNet20 --macs 20M",
 }
+"""The options of `psenet prune`; `--from` names the case whose run of the same seed gives the supernet."""
 
 
 def main() -> None:
@@ -42,12 +53,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     settings = shlex.split(CASES[arguments.case])
-    if "--data" not in settings:
+    if "--data" not in settings and "--from" not in settings:
         if arguments.data is None:
             parser.error(f"{arguments.case} needs --data FOLDER, with train/<class> and test/<class>")
         settings += ["--data", arguments.data]
     records = [run(arguments.case, settings, seed) for seed in range(arguments.seeds)]
-    command = shlex.join(["psenet", "prune", *settings, "--seed", "SEED", "--out", "RUN"])
+    command = shlex.join(["psenet", "prune", *settings, *["--seed", "SEED"] * ("--from" not in settings), "--out", "RUN"])
     figures = {"prune": command, "summary": summary(records), "runs": records}
     print(table(records))
     print(f"figures: {write_result(arguments.case, figures)}")
@@ -56,8 +67,13 @@ def main() -> None:
 def run(case: str, settings: list[str], seed: int) -> dict[str, Any]:
     """Run one seed to its end, or read it if it is finished."""
     out = RUNS / f"{case}-{seed}"
+    if "--from" in settings:
+        place = settings.index("--from") + 1
+        settings = [*settings[:place], str(RUNS / f"{settings[place]}-{seed}"), *settings[place + 1 :]]
+    else:
+        settings = [*settings, "--seed", str(seed)]
     if not (out / "result.json").exists():
-        command = [sys.executable, "-m", "psenet", "prune", *settings, "--seed", str(seed), "--out", str(out)]
+        command = [sys.executable, "-m", "psenet", "prune", *settings, "--out", str(out)]
         subprocess.run([*command, "--resume"], check=True)
     record = read_json(out / "result.json")
     # A full list of widths for each seed says little and is long; the folder has it.
