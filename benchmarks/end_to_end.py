@@ -58,7 +58,9 @@ def main() -> None:
             parser.error(f"{arguments.case} needs --data FOLDER, with train/<class> and test/<class>")
         settings += ["--data", arguments.data]
     records = [run(arguments.case, settings, seed) for seed in range(arguments.seeds)]
-    command = shlex.join(["psenet", "prune", *settings, *["--seed", "SEED"] * ("--from" not in settings), "--out", "RUN"])
+    command = shlex.join(
+        ["psenet", "prune", *settings, *["--seed", "SEED"] * ("--from" not in settings), "--out", "RUN"]
+    )
     figures = {"prune": command, "summary": summary(records), "runs": records}
     print(table(records))
     print(f"figures: {write_result(arguments.case, figures)}")

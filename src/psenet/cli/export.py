@@ -7,6 +7,7 @@ import typer
 
 
 def export(
+    context: typer.Context,
     run: Annotated[Path, typer.Argument(help="A run directory whose fine-tuning is finished.")],
     factory: Annotated[str | None, typer.Option(help="Of a run of my.module:factory: that name, to import it.")] = None,
 ) -> None:
@@ -18,7 +19,7 @@ def export(
     from psenet.result import result_table
     from psenet.rundir import read_json
 
-    continue_run(run, "export", factory=factory)
+    continue_run(run, "export", command=context.obj, factory=factory)
     console = make_console()
     console.print(result_table(read_json(run / "result.json")))
     console.print(f"figures: {run / 'result.json'}\nmodel:   {run / 'model'}", highlight=False, soft_wrap=True)

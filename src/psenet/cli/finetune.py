@@ -7,6 +7,7 @@ import typer
 
 
 def finetune(
+    context: typer.Context,
     run: Annotated[Path, typer.Argument(help="A run directory whose search is finished.")],
     factory: Annotated[str | None, typer.Option(help="Of a run of my.module:factory: that name, to import it.")] = None,
     data_workers: Annotated[int, typer.Option(min=0, help="Processes that load data.")] = 0,
@@ -17,4 +18,4 @@ def finetune(
     """
     from psenet.cli.opening import continue_run
 
-    continue_run(run, "finetune", factory=factory, data_workers=data_workers)
+    continue_run(run, "finetune", command=context.obj, factory=factory, data_workers=data_workers)

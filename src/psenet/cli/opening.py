@@ -22,6 +22,8 @@ class Place:
     """Where a run lives, and what it may use there."""
 
     out: Path
+    command: str | None
+    """The command line, for the record."""
     resume: bool = False
     trained_in: Path | None = None
     """The run whose supernet it takes."""
@@ -73,7 +75,6 @@ def open_run(recipe: "Recipe", place: Place, console: "Console") -> "Run":
 
 def make_job(recipe: "Recipe", place: Place, console: "Console") -> "Job":
     """Load the data and build the model that a recipe names."""
-    import click
     import torch
 
     from psenet.data import load_data
@@ -110,7 +111,7 @@ def make_job(recipe: "Recipe", place: Place, console: "Console") -> "Job":
         budget=recipe.budget,
         config=recipe.prune_config(),
         names={"model": recipe.model.name, "data": chosen.source},
-        command=click.get_current_context().obj,
+        command=place.command,
         workers=place.workers,
         language=recipe.report.language,
         returns=recipe.report,
@@ -228,11 +229,13 @@ def read_kept_recipe(run: Path, factory: str | None, overrides: "Sequence[Overri
     return recipe
 
 
-def continue_run(run: Path, stage: str, *, factory: str | None, workers: int = 1, data_workers: int = 0) -> None:
+def continue_run(
+    run: Path, stage: str, *, command: str | None, factory: str | None, workers: int = 1, data_workers: int = 0
+) -> None:
     """Do one stage of a run that is there."""
     from psenet.pipeline import run_stage
 
     console = make_console()
     recipe = read_kept_recipe(run, factory)
-    place = Place(out=run, resume=True, workers=workers, data_workers=data_workers)
+    place = Place(out=run, command=command, resume=True, workers=workers, data_workers=data_workers)
     run_stage(open_run(recipe, place, console), stage)

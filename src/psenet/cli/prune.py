@@ -121,12 +121,19 @@ def prune(
     overrides = [*_given(context), *read_overrides(settings or ())]
     chosen = _recipe(recipe, template, trained_in, model, overrides)
     if dry_run:
-        forecast(chosen, Place(out=Path(), trained_in=trained_in, data_workers=data_workers))
+        forecast(chosen, Place(out=Path(), command=context.obj, trained_in=trained_in, data_workers=data_workers))
         return
     if out is None:
         raise InputError("--out RUN must be given: the folder that the run is to be kept in")
     console = make_console()
-    place = Place(out=out, resume=resume, trained_in=trained_in, workers=workers, data_workers=data_workers)
+    place = Place(
+        out=out,
+        command=context.obj,  # the arguments as they came; see psenet.cli.main
+        resume=resume,
+        trained_in=trained_in,
+        workers=workers,
+        data_workers=data_workers,
+    )
     result = finish(open_run(chosen, place, console))
     console.print(result_table(result.record))
     places = {"report": out / "report.html", "figures": out / "result.json", "model": out / "model"}

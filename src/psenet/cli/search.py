@@ -7,6 +7,7 @@ import typer
 
 
 def search(
+    context: typer.Context,
     run: Annotated[Path, typer.Argument(help="A run directory whose supernet is trained.")],
     out: Annotated[Path | None, typer.Option(help="With another budget: the run directory of its search.")] = None,
     macs: Annotated[str | None, typer.Option(help="Another budget of MACs: 50%, 300M.")] = None,
@@ -44,11 +45,11 @@ def search(
                 "another budget, or other settings, are another run, which takes the trained supernet over: give its "
                 "folder, --out RUN"
             )
-        continue_run(run, "search", factory=factory, workers=workers)
+        continue_run(run, "search", command=context.obj, factory=factory, workers=workers)
         return
     # A new budget stands alone: what the old one limited besides is not kept.
     cleared = [Override(("budget", resource.name), None, "--out") for resource in RESOURCES] if limits else []
     overrides = [Override(("budget", name), value, f"--{name.replace('_', '-')}") for name, value in limits.items()]
     recipe = read_kept_recipe(run, factory, [*cleared, *overrides, *read_overrides(settings or ())])
-    place = Place(out=out, resume=True, trained_in=run, workers=workers)
+    place = Place(out=out, command=context.obj, resume=True, trained_in=run, workers=workers)
     run_stage(open_run(recipe, place, make_console()), "search")

@@ -7,6 +7,7 @@ import typer
 
 
 def train(
+    context: typer.Context,
     run: Annotated[Path, typer.Argument(help="The run directory; made if it is not there.")],
     recipe: Annotated[Path | None, typer.Option(help="The YAML file of a new run; see `psenet init`.")] = None,
     template: Annotated[str | None, typer.Option(help="Start a new run from `pilot` or `full`.")] = None,
@@ -31,10 +32,10 @@ def train(
             raise InputError(
                 f"{run} already holds a run, with its own recipe: leave --recipe, --template and --set out"
             )
-        continue_run(run, "train", factory=factory, data_workers=data_workers)
+        continue_run(run, "train", command=context.obj, factory=factory, data_workers=data_workers)
         return
     if not asked:
         raise InputError(f"there is no run in {run}; start one: psenet train {run} --recipe FILE")
     chosen = read_recipe(recipe, template=template, overrides=read_overrides(settings or ()))
-    place = Place(out=run, data_workers=data_workers)
+    place = Place(out=run, command=context.obj, data_workers=data_workers)
     run_stage(open_run(chosen, place, make_console()), "train")
