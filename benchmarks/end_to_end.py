@@ -6,8 +6,8 @@
     python benchmarks/end_to_end.py cifar10-fastnas --data FOLDER --seeds 1
     python benchmarks/end_to_end.py cifar10-fastnas-20M --data FOLDER --seeds 1
 
-The last two are the task of the tutorial of NVIDIA Model Optimizer's FastNAS: the ResNet-20 with zero-padded shortcuts to
-29.6M MACs; and to 20M, which FastNAS refuses, from the supernet of the first. Run them from the root of the repository.
+The last two are the task of the tutorial of NVIDIA Model Optimizer's FastNAS: the ResNet-20 with zero-padded shortcuts
+to 29.6M MACs; and to 20M, which FastNAS refuses, from the supernet of the first. Run them from the repository's root.
 
 Every seed is a run of its own in runs/end_to_end/CASE-SEED, and an interrupted one is resumed. The schedules of the
 CIFAR-10 cases are short, for two CPU cores: they compare nets trained alike, not with published accuracies.
