@@ -82,7 +82,9 @@ def make_net(first: int = 16, second: int = 24, third: int = 16) -> nn.Sequentia
 
 def short_config(**changes: Any) -> PruneConfig:
     settings: dict[str, Any] = {"baseline": SHORT, "supernet": SHORT, "finetune": SHORT}
-    return PruneConfig(**{**settings, "num_subnets": 4, "num_evaluations": 6, "divisor": 4, **changes})
+    return PruneConfig(
+        **{**settings, "num_subnets": 4, "num_evaluations": 6, "num_front_evaluations": 0, "divisor": 4, **changes}
+    )
 
 
 def prune_net(out: Path | None, **changes: Any) -> PruneResult:

@@ -210,6 +210,17 @@ def test_every_scored_candidate_is_kept_with_its_costs(finished: _Finished):
         assert one["memory"] > 0 and "latency_ms" not in one
 
 
+def test_candidates_of_all_costs_are_kept_for_the_front(tmp_path: Path, quick_export: None):
+    prune_net(tmp_path / "run", config=short_config(num_front_evaluations=8))
+    candidates = json.loads((tmp_path / "run/stages/evaluated.json").read_text())["candidates"]
+    full = count_macs(make_net())
+    shares = [one["macs"] / full for one in candidates]
+    assert 12 <= len(candidates) <= 14  # the best of the budget's six is scored by both searches
+    assert max(shares) == 1 and min(shares) < 0.3 and sum(share <= 0.5 for share in shares) >= 6
+    assert len({tuple(one["widths"].values()) for one in candidates}) == len(candidates)
+    assert len(_study(tmp_path / "run").trials) == 6
+
+
 def test_every_training_leaves_its_curve(finished: _Finished):
     curves = json.loads((finished.out / "stages/curves.json").read_text())
     assert set(curves) == {"baseline", "supernet", "searched", "uniform"}

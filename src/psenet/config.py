@@ -34,6 +34,8 @@ class PruneConfig:
     """Compile the supernet's passes; see `psenet.Supernet`."""
     num_evaluations: int = 100
     """Candidates that the search scores."""
+    num_front_evaluations: int = 24
+    """Candidates scored besides over all costs, for the Pareto front of the report; 0 for none."""
     divisor: int = 8
     """Widths are multiples of this many channels."""
     min_ratio: float = 0.25
@@ -75,7 +77,7 @@ class PruneConfig:
             InputError: A number is too small, the strategy is unknown or has no focus, a device is missing or lacks the
                 precision.
         """
-        least = {"seed": 0, "num_evaluations": 1}
+        least = {"seed": 0, "num_evaluations": 1, "num_front_evaluations": 0}
         given = {name: getattr(self, name) for name in least}
         problems = [
             f"{name} must be at least {least[name]}; got {value}"

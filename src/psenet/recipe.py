@@ -111,6 +111,7 @@ _LONG: dict[str, Any] = {
     "supernet": {"epochs": 100},
     "finetune": {"epochs": 30, "distill_weight": 0.5},
     "num_evaluations": 300,
+    "num_front_evaluations": 60,
 }
 TEMPLATES: Mapping[str, Mapping[str, Any]] = {"pilot": _SHORT, "full": _LONG}
 """What differs from the defaults: a pilot answers within hours whether pruning is worth a full run."""

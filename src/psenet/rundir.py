@@ -1,9 +1,11 @@
 """A run directory: what a run was asked to do, how far it is, and where its files lie.
 
-RUN/recipe.json          the settings the run was started with
+RUN/recipe.yaml          what the command line was asked to do; `psenet prune --recipe` repeats it
+RUN/recipe.json          the settings the run was started with, which going on must not change
 RUN/stages.json          seconds spent in each stage, and which are finished
 RUN/checkpoints/*.pt     the last epoch of each training
-RUN/stages/*             weights, history and study of the finished stages; curves.json: every epoch of the trainings
+RUN/stages/*             weights, history and study of the finished stages; for the report also curves.json (every epoch
+                         of the trainings), evaluated.json (every scored candidate) and prior.json (what it learned)
 RUN/logs/*               for TensorBoard, where wanted
 RUN/model/*              the exported model
 RUN/result.json          the figures

@@ -53,7 +53,7 @@ def estimate(run: Run) -> dict[str, float]:
         focus=run.focus,
         num_calibration=_num_images(run.loaders.calibration),
         num_validation=_num_images(run.loaders.validation),
-        num_evaluations=config.num_evaluations,
+        num_evaluations=config.num_evaluations + config.num_front_evaluations,
         keep_ratio=(run.limits.macs or full) / full,
         device=run.device,
     )

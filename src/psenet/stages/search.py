@@ -13,6 +13,7 @@ from psenet.evaluate import SupernetScore
 from psenet.evolution import search
 from psenet.finalists import Measured, measure_beside_full, search_measured
 from psenet.found import Evaluation, SearchProgress, SearchResult
+from psenet.front import search_front
 from psenet.history import History
 from psenet.predictor import Predictor
 from psenet.prior import Prior
@@ -24,6 +25,7 @@ from psenet.supernet import Supernet
 from psenet.widths import Widths
 
 _LONG_SECONDS = 30.0
+_FRONT_BUDGETS = 6
 
 
 SEARCHED = "stages/search.json"
@@ -103,8 +105,12 @@ def _search(run: Run, supernet: Supernet, history: History) -> _Chosen:
             chosen = _Chosen(found=found, best=found.best, limits=run.limits)
         else:
             chosen = _search_measured(run, searcher, supernet)
+        others = searcher.over_all_costs(first=chosen.best.widths)
     best, found = chosen.best, chosen.found
-    write_json(run.folder.file("stages/evaluated.json"), {"candidates": _candidates(run.space, found.evaluated)})
+    evaluated = {one.widths: one for one in (*others, *found.evaluated)}
+    write_json(
+        run.folder.file("stages/evaluated.json"), {"candidates": _candidates(run.space, list(evaluated.values()))}
+    )
     write_json(run.folder.file("stages/prior.json"), prior_record(searcher.prior, history=history))
     run.say(
         f"winner: score {best.score:.2f} at {best.macs / 1e6:.1f}M MACs, best of {len(found.evaluated)}; "
@@ -168,6 +174,31 @@ class _Searcher:
                 progress=progress,
                 workers=run.workers,
             )
+
+    def over_all_costs(self, *, first: Widths) -> tuple[Evaluation, ...]:
+        """Score candidates from the smallest to the full net: what other budgets would give."""
+        run, total = self.run, self.run.config.num_front_evaluations
+        if total == 0:
+            return ()
+        space = run.space
+        run.say(f"scoring {total} candidates over all costs, for the Pareto front")
+        with progress_bar("front", total=total, show=run.show_progress) as advance:
+            found = search_front(
+                space,
+                Limits(macs=space.macs(space.smallest())),
+                Limits(macs=space.macs(space.full())),
+                self.score,
+                num_budgets=_FRONT_BUDGETS,
+                prior=self.prior,
+                predictor=self.predictor,
+                first=[space.full(), first],
+                num_evaluations=total,
+                seed=run.config.seed,
+                storage=run.folder.file("stages/front.journal"),
+                progress=lambda state: advance(state.num_done, ""),
+                workers=run.workers,
+            )
+        return found.evaluated
 
 
 def _say_at_quarters(run: Run, state: SearchProgress) -> None:

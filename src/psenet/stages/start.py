@@ -34,7 +34,10 @@ from psenet.training.loop import make_accelerator
 _CALIBRATION_BATCHES = 8
 _LATENCY = "stages/latency.npz"
 TRAINED = ("stages/baseline.safetensors", "stages/supernet.safetensors", "stages/history.npz")
-_OF_BUDGET = ("budget.", "settings.num_evaluations", "settings.finetune.", "settings.latency.")
+_OF_BUDGET = (
+    *("budget.", "settings.num_evaluations", "settings.num_front_evaluations"),
+    *("settings.finetune.", "settings.latency."),
+)
 """Settings that training does not depend on."""
 
 
