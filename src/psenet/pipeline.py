@@ -21,7 +21,7 @@ from psenet.errors import InputError, first_line
 from psenet.export import ExportReport, export_model
 from psenet.history import History
 from psenet.inputs import Inputs
-from psenet.report import write_report
+from psenet.report import report_name, write_report
 from psenet.rundir import read_json, write_json
 from psenet.slicing import narrow_attributes
 from psenet.space import WidthSpace
@@ -123,7 +123,7 @@ def finish(run: Run) -> PruneResult:
     """Do all stages of a run that are not done yet."""
     if _is_done(run, "export"):
         run.say("this run is finished; its figures are shown again")
-        if not (run.folder.path / "report.html").exists():
+        if not (run.folder.path / report_name(run.language)).exists():
             _write_report(run)
         return read_result(run)
     announce(run)

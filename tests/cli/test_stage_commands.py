@@ -121,7 +121,10 @@ def test_a_new_budget_stands_alone(whole: Path, tmp_path: Path):
 def test_a_dry_run_says_how_long_it_takes_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     out = _done(psenet("prune", *_sets(QUICK), "--out", tmp_path / "run", "--dry-run"))
-    assert "expected time: about" in out and "training the baseline" not in out
+    assert "expected time: about" in out and "training the baseline" not in out and "cost" not in out
+    priced = _sets({**QUICK, "report.price_per_hour": 3600, "report.currency": "EUR"})
+    out = _done(psenet("prune", *priced, "--dry-run"))
+    assert "EUR, at 3600 an hour" in out  # a second costs one
     assert list(tmp_path.iterdir()) == []
 
 
@@ -213,3 +216,23 @@ def test_init_does_not_write_over_a_file(tmp_path: Path):
 def test_init_checks_what_it_writes(tmp_path: Path):
     _refused(psenet("init", tmp_path / "r.yaml", "--macs", "none"), "the budget's macs must be a positive number")
     assert not (tmp_path / "r.yaml").exists()
+
+
+def test_the_ranking_is_verified_where_asked(whole: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    out = _done(psenet("report", run, "--verify-ranking", "4"))
+    assert "training subnet 4 of 4 alone" in out and "Kendall's tau with the accuracy of 4 subnets" in out
+    ranking = json.loads((run / "stages/ranking.json").read_text())
+    assert len(ranking["subnets"]) == 4
+    assert "Does the supernet rank subnets rightly?" in (run / "report.md").read_text()
+
+
+def test_the_report_keeps_what_the_recipe_says(tmp_path: Path):
+    chosen = {**QUICK, "num_front_evaluations": 0, "report.language": "ja", "report.price_per_hour": 2.5}
+    run = tmp_path / "run"
+    _done(psenet("prune", *_sets(chosen), "--set", "report.currency=円", "--out", run))
+    first = (run / "report.ja.md").read_text()
+    assert "2.5" in first and "円" in first
+    assert _done(psenet("report", run, "--requests-per-day", "1000")).count("report.ja") == 2
+    assert "1,000" in (run / "report.ja.md").read_text() and "円" in (run / "report.ja.md").read_text()

@@ -229,13 +229,20 @@ def read_kept_recipe(run: Path, factory: str | None, overrides: "Sequence[Overri
     return recipe
 
 
+def reopen_run(
+    run: Path, *, command: str | None, factory: str | None, workers: int = 1, data_workers: int = 0
+) -> "Run":
+    """Return a run that is there, with its data and its model."""
+    recipe = read_kept_recipe(run, factory)
+    place = Place(out=run, command=command, resume=True, workers=workers, data_workers=data_workers)
+    return open_run(recipe, place, make_console())
+
+
 def continue_run(
     run: Path, stage: str, *, command: str | None, factory: str | None, workers: int = 1, data_workers: int = 0
 ) -> None:
     """Do one stage of a run that is there."""
     from psenet.pipeline import run_stage
 
-    console = make_console()
-    recipe = read_kept_recipe(run, factory)
-    place = Place(out=run, command=command, resume=True, workers=workers, data_workers=data_workers)
-    run_stage(open_run(recipe, place, console), stage)
+    opened = reopen_run(run, command=command, factory=factory, workers=workers, data_workers=data_workers)
+    run_stage(opened, stage)

@@ -116,6 +116,7 @@ def prune(
     from psenet.cli.opening import Place, make_console, open_run, read_overrides
     from psenet.errors import InputError
     from psenet.pipeline import finish
+    from psenet.report import report_name
     from psenet.result import result_table
 
     overrides = [*_given(context), *read_overrides(settings or ())]
@@ -136,7 +137,11 @@ def prune(
     )
     result = finish(open_run(chosen, place, console))
     console.print(result_table(result.record))
-    places = {"report": out / "report.html", "figures": out / "result.json", "model": out / "model"}
+    places = {
+        "report": out / report_name(chosen.report.language),
+        "figures": out / "result.json",
+        "model": out / "model",
+    }
     for name, path in places.items():
         if path.exists():
             console.print(f"{name + ':':<9}{path}", highlight=False, soft_wrap=True)
@@ -150,7 +155,11 @@ def forecast(recipe: "Recipe", place: "Place") -> None:
 
     job = make_job(recipe, place, make_console())
     with tempfile.TemporaryDirectory(prefix="psenet-") as folder:
-        announce(start_run(job, Path(folder) / "dry", trained_in=place.trained_in))
+        seconds = announce(start_run(job, Path(folder) / "dry", trained_in=place.trained_in))
+    price = recipe.report.price_per_hour
+    if price is not None:
+        amount = f"{sum(seconds.values()) / 3600 * price:.2f} {recipe.report.currency or ''}".strip()
+        job.say(f"expected cost: about {amount}, at {price:g} an hour")
 
 
 def _recipe(

@@ -7,6 +7,7 @@ import typer
 
 
 def report(
+    context: typer.Context,
     run: Annotated[Path, typer.Argument(help="A run directory, finished or not.")],
     lang: Annotated[str | None, typer.Option(help="en or ja; that of the run's recipe, else en.")] = None,
     price_per_hour: Annotated[float | None, typer.Option(help="Price of one machine-hour.")] = None,
@@ -14,6 +15,15 @@ def report(
     engineering_hours: Annotated[float | None, typer.Option(help="Hours people spent on pruning.")] = None,
     engineering_rate: Annotated[float | None, typer.Option(help="Cost of one such hour.")] = None,
     currency: Annotated[str | None, typer.Option(help="Shown beside amounts of money: EUR.")] = None,
+    verify: Annotated[
+        int | None,
+        typer.Option(
+            "--verify-ranking", min=4, help="Train so many subnets alone first: is the supernet's order right?"
+        ),
+    ] = None,
+    factory: Annotated[
+        str | None, typer.Option(help="With --verify-ranking, of a run of a factory: its name, to import it.")
+    ] = None,
 ) -> None:
     """Write a run's report as report.html and report.md; in Japanese as report.ja.html and report.ja.md.
 
@@ -23,9 +33,10 @@ def report(
     """
     from dataclasses import fields
 
-    from psenet.cli.opening import RECIPE, make_console
+    from psenet.cli.opening import RECIPE, make_console, reopen_run
     from psenet.recipe import ReportChoice, read_recipe
     from psenet.report import ReturnFigures, write_report
+    from psenet.stages.verify import verify_ranking
 
     given = {
         "price_per_hour": price_per_hour,
@@ -38,5 +49,7 @@ def report(
     kept = {field.name: getattr(chosen, field.name) for field in fields(ReturnFigures)}
     figures = ReturnFigures(**{**kept, **{name: value for name, value in given.items() if value is not None}})
     console = make_console()
+    if verify is not None:
+        verify_ranking(reopen_run(run, command=context.obj, factory=factory), verify)
     for path in write_report(run, language=lang or chosen.language, figures=figures):
         console.print(f"report: {path}", highlight=False, soft_wrap=True)

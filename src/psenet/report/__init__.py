@@ -4,6 +4,6 @@ facts -> sections of blocks -> HTML and Markdown; nothing is computed twice.
 """
 
 from psenet.report.money import ReturnFigures
-from psenet.report.write import write_report
+from psenet.report.write import report_name, write_report
 
-__all__ = ["ReturnFigures", "write_report"]
+__all__ = ["ReturnFigures", "report_name", "write_report"]

@@ -23,6 +23,11 @@ from psenet.report.text import Words
 from psenet.result import versions
 
 
+def report_name(language: str) -> str:
+    """Return the name of the HTML report in a run directory."""
+    return "report.html" if language == "en" else f"report.{language}.html"
+
+
 def write_report(run: str | Path, *, language: str = "en", figures: ReturnFigures | None = None) -> list[Path]:
     """Write the report of a run, finished or not, into its directory.
 
@@ -44,8 +49,8 @@ def write_report(run: str | Path, *, language: str = "en", figures: ReturnFigure
     """
     words = Words(language)
     report = make_report(read_facts(run), words, figures)
-    ending = "" if language == "en" else f".{language}"
-    contents = {f"report{ending}.html": html(report), f"report{ending}.md": markdown(report)}
+    name = report_name(language)
+    contents = {name: html(report), name.removesuffix("html") + "md": markdown(report)}
     paths = [Path(run) / name for name in contents]
     for path, content in zip(paths, contents.values(), strict=True):
         # A lone surrogate, from a path that is no UTF-8, must not cost the report.

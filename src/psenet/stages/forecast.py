@@ -12,8 +12,12 @@ STEPS = {"train": ("baseline", "supernet"), "search": ("search",), "finetune": (
 """What the time of each stage is made of."""
 
 
-def announce(run: Run, *, stage: str | None = None) -> None:
-    """Say what will be done, all of it or one stage, and how long that will take."""
+def announce(run: Run, *, stage: str | None = None) -> dict[str, float]:
+    """Say what will be done, all of it or one stage, and how long that will take.
+
+    Returns:
+        The expected seconds by what they are spent on.
+    """
     space, full = run.space, run.space.full()
     least = space.macs(space.smallest()) / space.macs(full)
     run.say(
@@ -27,6 +31,7 @@ def announce(run: Run, *, stage: str | None = None) -> None:
     if seconds:
         stages = ", ".join(f"{name} {say_duration(time)}" for name, time in seconds.items() if time > 0)
         run.say(f"expected time: about {say_duration(sum(seconds.values()))} ({stages})")
+    return seconds
 
 
 def estimate(run: Run) -> dict[str, float]:
