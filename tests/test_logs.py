@@ -226,7 +226,7 @@ def test_the_samples_of_an_epoch_are_counted_as_they_come(options: dict[str, Any
 
 def test_a_missing_tensorboard_is_named_before_any_time_is_spent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     _hide_tensorboard(monkeypatch)
-    monkeypatch.setattr("psenet.pipeline.trace", _stop)
+    monkeypatch.setattr("psenet.stages.start.trace", _stop)
     message = r"logs need the package tensorboard \(ModuleNotFoundError: .*pip install 'psenet\[tensorboard\]'"
     with pytest.raises(InputError, match=message):
         check_tensorboard()

@@ -66,6 +66,7 @@ def test_a_run_says_what_it_does_and_how_long_it_will_take(run: _Run):
         "baseline: ",
         "training the supernet (parallel)",
         "searching, 4 candidates",
+        "scoring 24 candidates over all costs, for the Pareto front",
         "winner: score ",
         "fine-tuning the searched net",
         "fine-tuned, on validation data: ",
@@ -188,7 +189,13 @@ def test_every_option_reaches_the_run(asked: _Asked, tmp_path: Path):
     options = {
         **{"--macs": "60%", "--params": "100k", "--memory": "90%", "--seed": 5, "--image-size": 12},
         **{"--batch-size": 50, "--baseline-epochs": 2, "--supernet-epochs": 3, "--finetune-epochs": 4},
-        **{"--evaluations": 7, "--baseline-lr": 0.3, "--supernet-lr": 0.2, "--finetune-lr": 0.1},
+        **{
+            "--evaluations": 7,
+            "--front-evaluations": 3,
+            "--baseline-lr": 0.3,
+            "--supernet-lr": 0.2,
+            "--finetune-lr": 0.1,
+        },
         **{"--optimizer": "adamw", "--weight-decay": 0.01, "--distill": 0.5, "--strategy": "sandwich"},
         **{"--num-subnets": 6, "--divisor": 4, "--min-ratio": 0.5, "--max-train-images": 99},
         **{"--mixed-precision": "bf16", "--exclude": "conv1", "--opaque": "stages.1.*"},
@@ -209,6 +216,7 @@ def test_every_option_reaches_the_run(asked: _Asked, tmp_path: Path):
     trainings = [settings.pop(name) for name in ("baseline", "supernet", "finetune")]
     assert settings == {
         **{"trained": False, "strategy": "sandwich", "num_subnets": 6, "num_evaluations": 7, "compiled": True},
+        **{"num_front_evaluations": 3},
         **{"focus": True, "divisor": 4, "min_ratio": 0.5, "seed": 5, "exclude": ["conv1"], "opaque": ["stages.1.*"]},
         "latency": {"engine": "onnxruntime", "device": "cpu", "num_threads": 3, "batch_size": 4},
     }

@@ -31,6 +31,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     },
     "distill": ("finetune.distill_weight",),
     "evaluations": ("num_evaluations",),
+    "front_evaluations": ("num_front_evaluations",),
     **{
         name: (name,)
         for name in (
@@ -88,6 +89,7 @@ def prune(
     supernet_epochs: Annotated[int, typer.Option(min=1)] = 30,
     finetune_epochs: Annotated[int, typer.Option(min=0)] = 10,
     evaluations: Annotated[int, typer.Option(min=1, help="Candidates that the search scores.")] = 100,
+    front_evaluations: Annotated[int, typer.Option(min=0, help="More of them over all costs, for the report.")] = 24,
     baseline_lr: Annotated[float, typer.Option(help="Peak learning rate of the baseline.")] = 0.1,
     supernet_lr: Annotated[float, typer.Option(help="Peak learning rate of the supernet.")] = 0.05,
     finetune_lr: Annotated[float, typer.Option(help="Peak learning rate of fine-tuning.")] = 0.02,
