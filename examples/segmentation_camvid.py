@@ -86,7 +86,9 @@ def read_scenes(folder: Path, size_WH: tuple[int, int], *, mirror: bool = False)
     masks = [
         Image.open(folder / "masks" / f"{file.stem}.png").resize(size_WH, Image.Resampling.NEAREST) for file in files
     ]
-    return Scenes(np.stack([np.asarray(image) for image in images]), np.stack([np.asarray(m) for m in masks]), mirror=mirror)
+    return Scenes(
+        np.stack([np.asarray(image) for image in images]), np.stack([np.asarray(m) for m in masks]), mirror=mirror
+    )
 
 
 def mean_iou(module: nn.Module, batches: Any) -> float:
@@ -121,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> shown.Shown:
     """Train, prune, fine-tune and compare."""
     options = shown.parser(__doc__, name="segmentation_camvid", epochs=18, data=".data/camvid")
     options.add_argument("--size", type=int, nargs=2, default=(96, 72), help="width and height, multiples of 8")
-    arguments = options.parse_args(argv)
+    arguments = shown.parse(options, argv)
     torch.manual_seed(arguments.seed)
     train, val, test = made_up() if arguments.tiny else read(arguments)
     training = psenet.TrainConfig(epochs=arguments.epochs, optimizer="adamw", learning_rate=4e-3, weight_decay=1e-2)

@@ -30,16 +30,26 @@ class Shown:
 
 
 def parser(doc: str | None, *, name: str, epochs: int, data: str | None) -> argparse.ArgumentParser:
-    """Return a parser with the options that every example has."""
+    """Return a parser with the options that every example has; `data` is None where there is nothing to choose."""
     options = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--data", default=data, help="where the data is; default: %(default)s")
+    if data is not None:
+        options.add_argument("--data", default=data, help="where the data is; default: %(default)s")
     options.add_argument("--epochs", type=int, default=epochs, help="of baseline and supernet; default: %(default)s")
     options.add_argument("--finetune-epochs", type=int, default=max(1, epochs // 3), help="default: %(default)s")
-    options.add_argument("--evaluations", type=int, default=24, help="nets that the search scores; default: %(default)s")
+    options.add_argument(
+        "--evaluations", type=int, default=24, help="nets that the search scores; default: %(default)s"
+    )
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--out", type=Path, default=Path("runs") / name, help="the run; default: %(default)s")
     options.add_argument("--tiny", action="store_true", help="made-up data and a small net, in seconds: a trial")
     return options
+
+
+def parse(options: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return what was asked for; a trial is short where nothing else was asked for."""
+    if options.parse_args(argv).tiny:
+        options.set_defaults(epochs=5, finetune_epochs=2, evaluations=6)
+    return options.parse_args(argv)
 
 
 def folder_of(arguments: argparse.Namespace, must_hold: str) -> Path:
