@@ -6,7 +6,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := runs/quickstart
-SOURCES := src tests benchmarks
+SOURCES := src tests benchmarks examples
 QUICKSTART_ARGS := --data digits --model psenet.models:digits_resnet --macs 50%
 
 .PHONY: quickstart test check clean
