@@ -56,7 +56,7 @@ class Detector(nn.Module):
             nn.Sequential(_conv(third, second), nn.Conv2d(second, count, 1)) for count in (num_classes, 4)
         )
         # Nearly all places are no middles: without this, unlearning the rest takes the first epochs (Lin et al. 2017).
-        nn.init.constant_(self.middles[-1].bias, -4.0)
+        nn.init.constant_(self.middles[-1].get_parameter("bias"), -4.0)
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return logits of middles (B, classes, H/4, W/4) and log reaches in strides (B, 4, H/4, W/4)."""
