@@ -63,7 +63,7 @@ def staged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("staged")
     rest = {key: value for key, value in QUICK.items() if key not in ("model.name", "data.source", "budget.macs")}
     chosen = ("--model", QUICK["model.name"], "--data", "digits", "--macs", "50%", "--template", "full")
-    learned = {"finetune.distill_weight": 0}
+    learned = {"finetune.distill_weight": 0, "num_front_evaluations": 24}
     out = _done(psenet("init", folder / "recipe.yaml", *chosen, *_sets({**rest, **learned})))
     assert f"psenet prune --recipe {folder / 'recipe.yaml'} --dry-run" in out
     run = folder / "run"
