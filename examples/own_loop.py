@@ -160,7 +160,7 @@ def finish(supernet: psenet.Supernet, widths: psenet.Widths, data: Data, *, epoc
 
 def main(argv: Sequence[str] | None = None) -> shown.Shown:
     """Train, prune, fine-tune and compare."""
-    arguments = shown.parse(shown.parser(__doc__, name="own_loop", epochs=30, data=None), argv)
+    arguments = shown.parse(shown.parser(__doc__, name="own_loop", epochs=30, data=None), argv, tiny_epochs=15)
     start = time.time()
     data = read_data(num_train=256 if arguments.tiny else 2000, seed=arguments.seed)
     model = Denoiser(width=16 if arguments.tiny else 32)

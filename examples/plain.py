@@ -37,7 +37,7 @@ class Net(nn.Module):
 
 def main(argv: Sequence[str] | None = None) -> shown.Shown:
     """Train, prune, fine-tune and compare."""
-    arguments = shown.parse(shown.parser(__doc__, name="plain", epochs=15, data="digits"), argv)
+    arguments = shown.parse(shown.parser(__doc__, name="plain", epochs=15, data="digits"), argv, tiny_epochs=12)
     torch.manual_seed(arguments.seed)
     data = load_data(arguments.data, seed=arguments.seed, max_train_images=200 if arguments.tiny else None)
     model = Net(data.input_shape[0], data.num_classes, width=16 if arguments.tiny else 32)

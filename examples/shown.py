@@ -41,14 +41,14 @@ def parser(doc: str | None, *, name: str, epochs: int, data: str | None) -> argp
     )
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--out", type=Path, default=Path("runs") / name, help="the run; default: %(default)s")
-    options.add_argument("--tiny", action="store_true", help="made-up data and a small net, in seconds: a trial")
+    options.add_argument("--tiny", action="store_true", help="little or made-up data, a small net: a trial of seconds")
     return options
 
 
-def parse(options: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(options: argparse.ArgumentParser, argv: Sequence[str] | None, *, tiny_epochs: int = 5) -> argparse.Namespace:
     """Return what was asked for; a trial is short where nothing else was asked for."""
     if options.parse_args(argv).tiny:
-        options.set_defaults(epochs=5, finetune_epochs=2, evaluations=6)
+        options.set_defaults(epochs=tiny_epochs, finetune_epochs=2, evaluations=6)
     return options.parse_args(argv)
 
 
