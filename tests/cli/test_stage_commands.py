@@ -1,6 +1,7 @@
 """`psenet train`, `search`, `finetune`, `export`, `init`, and `prune` by a recipe: the same run, stage by stage."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,19 @@ def test_another_budget_takes_the_supernet_over_and_gives_what_a_whole_run_gives
         # What training took stays known.
         before, after = (json.loads((run / "stages.json").read_text()) for run in (whole, tmp_path / name))
         assert before["supernet"] == after["supernet"]
+
+
+def test_what_is_taken_over_costs_no_time(whole: Path):
+    out = " ".join(_done(psenet("prune", "--from", whole, "--macs", "30%", "--dry-run")).split())
+    (stages,) = re.findall(r"expected time: about .*? \((.*?)\)", out)
+    assert "baseline" not in stages and "supernet" not in stages
+    assert "search" in stages and "finetune" in stages
+
+
+@pytest.mark.parametrize("command", ["prune", "init", "train", "search", "finetune", "export", "report", "bench"])
+def test_help_has_no_emoji(command: str):
+    # Rich reads a word between colons as one: my.module:factory: in a help text.
+    assert all(ord(letter) < 0x1F000 for letter in _done(psenet(command, "--help")))
 
 
 def test_a_new_budget_stands_alone(whole: Path, tmp_path: Path):

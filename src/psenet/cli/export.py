@@ -9,7 +9,7 @@ import typer
 def export(
     context: typer.Context,
     run: Annotated[Path, typer.Argument(help="A run directory whose fine-tuning is finished.")],
-    factory: Annotated[str | None, typer.Option(help="Of a run of my.module:factory: that name, to import it.")] = None,
+    factory: Annotated[str | None, typer.Option(help="Of a run of a factory of yours: its name, to import it.")] = None,
 ) -> None:
     """Test, measure and export the nets of a run: result.json and the model folder.
 

@@ -18,7 +18,7 @@ def search(
         list[str] | None, typer.Option("--set", help="With --out, any value but of training: num_evaluations=200.")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that score candidates.")] = 1,
-    factory: Annotated[str | None, typer.Option(help="Of a run of my.module:factory: that name, to import it.")] = None,
+    factory: Annotated[str | None, typer.Option(help="Of a run of a factory of yours: its name, to import it.")] = None,
 ) -> None:
     """Search a trained supernet; another budget starts another run that takes this one's training.
 

@@ -35,7 +35,7 @@ def announce(run: Run, *, stage: str | None = None) -> dict[str, float]:
 
 
 def estimate(run: Run) -> dict[str, float]:
-    """Return the seconds that each stage should take when it starts from nothing."""
+    """Return the seconds that each stage should take from its start; nothing for trainings that are finished."""
     config, epoch = run.config, len(run.loaders.train)
     generator = run.loaders.train.generator
     state = None if generator is None else generator.get_state()
@@ -49,8 +49,8 @@ def estimate(run: Run) -> dict[str, float]:
         (batch[0], batch[1]),
         loss_fn=run.task.loss(config.supernet),
         steps={
-            "baseline": 0 if config.trained else config.baseline.epochs * epoch,
-            "supernet": config.supernet.epochs * epoch,
+            "baseline": 0 if config.trained or _is_there(run, "baseline") else config.baseline.epochs * epoch,
+            "supernet": 0 if _is_there(run, "supernet") else config.supernet.epochs * epoch,
             "finetune": 2 * config.finetune.epochs * epoch,
         },
         num_subnets=config.num_subnets,
@@ -62,6 +62,10 @@ def estimate(run: Run) -> dict[str, float]:
         keep_ratio=(run.limits.macs or full) / full,
         device=run.device,
     )
+
+
+def _is_there(run: Run, training: str) -> bool:
+    return (run.folder.path / f"stages/{training}.safetensors").exists()
 
 
 def _num_images(batches: Sequence[Any]) -> int:
