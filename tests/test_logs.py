@@ -23,7 +23,7 @@ from psenet.found import Evaluation, SearchProgress
 from psenet.logs import Logs, check_tensorboard
 from psenet.stages.run import _samples_in_epoch
 from psenet.training import EpochRecord
-from psenet.training import loop as training_loop
+from psenet.training.checkpoint import Checkpoint, Position
 
 _one_thread = pytest.fixture(autouse=True, scope="module")(one_thread)
 CONFIG = short_config(tensorboard=True)
@@ -138,15 +138,15 @@ def _stop(*_: Any, **__: Any) -> None:
 @pytest.mark.parametrize("stopped_at", [1, 2, 3, 4])
 def test_a_run_that_goes_on_shows_no_step_twice(stopped_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Stopped after an epoch was told and before it was kept, so that it is told again."""
-    out, kept, save = tmp_path / "run", [0], training_loop._Checkpoint.save
+    out, kept, save = tmp_path / "run", [0], Checkpoint.save
 
-    def stop_once(self: Any, epochs_done: int) -> None:
+    def stop_once(self: Any, position: Position) -> None:
         kept[0] += 1
         if kept[0] == stopped_at:
             raise KeyboardInterrupt
-        save(self, epochs_done)
+        save(self, position)
 
-    monkeypatch.setattr(training_loop._Checkpoint, "save", stop_once)
+    monkeypatch.setattr(Checkpoint, "save", stop_once)
     with pytest.raises(KeyboardInterrupt):
         prune_net(out, config=CONFIG)
     prune_net(out, config=CONFIG, resume=True)

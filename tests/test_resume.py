@@ -223,7 +223,7 @@ def test_a_run_that_diverged_keeps_its_last_good_epoch_and_can_be_resumed(
     with pytest.raises(TrainingDivergedError, match=r"lower the learning rate .* is kept in .*baseline\.pt"):
         prune_net(run, train_loader=loader)
     checkpoint = torch.load(run / "checkpoints/baseline.pt", weights_only=True)
-    assert checkpoint["epochs_done"] == 1
+    assert checkpoint["position"]["epoch"] == 1
     assert all(tensor.isfinite().all() for tensor in checkpoint["module"].values())
     prune_net(run, resume=True)
     assert_same_run(run, undisturbed)

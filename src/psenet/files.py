@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 
-def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]) -> None:
+def write_atomically(
+    path: str | os.PathLike[str], write: Callable[[BinaryIO], None], *, keep: Path | None = None
+) -> None:
     """Write a file beside its place, flush it to disk and rename it into place.
 
     Args:
         path: Where the file shall be; missing parent folders are made.
         write: Writes the whole content into the open binary file it is given.
+        keep: Where in the same folder the old content goes, if there is some; a kill in between leaves it there alone.
 
     Raises:
         OSError: The folder cannot be made or written to. Whatever `write` raises goes through. In both cases an
@@ -28,6 +31,8 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], N
             os.fsync(file.fileno())
         # mkstemp makes private files; give this one the permissions an ordinary write would have.
         os.chmod(beside, 0o666 & ~_umask())
+        if keep is not None and target.exists():
+            os.replace(target, keep)
         os.replace(beside, target)
     except BaseException:
         os.unlink(beside)

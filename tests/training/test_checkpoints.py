@@ -24,7 +24,7 @@ from toys import (
 
 from psenet.errors import InputError
 from psenet.training import TrainConfig, train_supernet
-from psenet.training.loop import load_checkpoint
+from psenet.training.checkpoint import load_checkpoint
 
 # Resuming -------------------------------------------------------------------------------------------------------------
 
@@ -67,7 +67,7 @@ def test_a_training_that_was_stopped_continues_exactly(optimizer: str, stop: str
         train_quietly(
             make_net(dropout=0.3), make_loader(dataset), config, checkpoint=parts, loss_fn=_smooth(loss_fn, config)
         )
-    assert load_checkpoint(parts)["epochs_done"] == 2
+    assert load_checkpoint(parts)["position"]["epoch"] == 2
 
     # A new program, whose random numbers, weights and data order have nothing of the old one's.
     torch.manual_seed(99)
@@ -102,7 +102,7 @@ def test_a_training_stopped_in_its_first_epoch_starts_again(tmp_path: Path):
         train_quietly(make_net(), make_loader(NoisyImages(16)), config, checkpoint=checkpoint, loss_fn=loss_fn)
     assert list(tmp_path.iterdir()) == []
     train_quietly(make_net(), make_loader(NoisyImages(16)), config, checkpoint=checkpoint)
-    assert load_checkpoint(checkpoint)["epochs_done"] == 2
+    assert load_checkpoint(checkpoint)["position"]["epoch"] == 2
 
 
 def _stop_and_continue(build: Callable[[], DataLoader], checkpoint: Path) -> tuple[Any, Any]:
@@ -115,10 +115,11 @@ def _stop_and_continue(build: Callable[[], DataLoader], checkpoint: Path) -> tup
         return copy_of(model.state_dict())
 
     whole = train()
-    checkpoint.unlink()
+    for path in checkpoint.parent.glob("*.pt"):
+        path.unlink()
     with pytest.raises(KeyboardInterrupt):
         train(stop=5)
-    assert load_checkpoint(checkpoint)["epochs_done"] == 2
+    assert load_checkpoint(checkpoint)["position"]["epoch"] == 2
     return train(), whole
 
 
@@ -154,7 +155,7 @@ def test_data_that_depends_on_the_epoch_continues_with_the_right_one(tmp_path: P
 
 # Checkpoints that cannot be used --------------------------------------------------------------------------------------
 
-_SETTINGS = TrainConfig(epochs=2)
+_SETTINGS = TrainConfig(epochs=1)
 
 
 @pytest.fixture
@@ -206,7 +207,7 @@ def test_a_single_flipped_bit_of_the_weights_is_noticed(checkpoint: Path):
 
 @pytest.mark.parametrize(
     "content",
-    [torch.zeros(3), [1, 2], 3.5, {}, make_net().state_dict(), {"epochs_done": 1, "num_steps": 6}],
+    [torch.zeros(3), [1, 2], 3.5, {}, make_net().state_dict(), {"position": {}, "num_steps": 6}],
     ids=["tensor", "list", "number", "empty dict", "weights", "dict"],
 )
 def test_a_file_that_torch_can_read_but_is_no_checkpoint_is_refused(tmp_path: Path, content: Any):
@@ -246,13 +247,13 @@ def test_nothing_in_a_checkpoint_is_executed(checkpoint: Path, tmp_path: Path, f
 
 
 def test_a_checkpoint_of_another_length_of_training_is_refused(checkpoint: Path):
-    words = "training.pt is of a training of 6 steps, this one has {}: continue with the settings it was started with"
-    _assert_refused(checkpoint, words.format(9), config=TrainConfig(epochs=3))
-    _assert_refused(checkpoint, words.format(4), loader=make_loader(NoisyImages(16)))
+    words = "training.pt is of a training of 3 steps, this one has {}: continue with the settings it was started with"
+    _assert_refused(checkpoint, words.format(6), config=TrainConfig(epochs=2))
+    _assert_refused(checkpoint, words.format(2), loader=make_loader(NoisyImages(16)))
 
 
 def test_a_checkpoint_of_other_settings_is_refused_and_they_are_named(checkpoint: Path):
-    changed = TrainConfig(epochs=2, optimizer="adamw", momentum=0.5)
+    changed = TrainConfig(epochs=1, optimizer="adamw", momentum=0.5)
     words = "training.pt is of optimizer='sgd', here 'adamw'; momentum=0.9, here 0.5: continue with the settings"
     _assert_refused(checkpoint, words, config=changed)
 

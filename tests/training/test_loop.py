@@ -1,7 +1,7 @@
 import copy
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,8 @@ from toys import (
 
 from psenet.errors import InputError
 from psenet.training import TrainConfig, TrainingDivergedError, train_model, train_supernet
-from psenet.training.loop import load_checkpoint
+from psenet.training.checkpoint import load_checkpoint
+from psenet.training.feed import Feed
 
 # Steps ----------------------------------------------------------------------------------------------------------------
 
@@ -49,8 +50,9 @@ def _train_by_hand(model: nn.Module, loader: DataLoader, config: TrainConfig, *,
         optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.999), eps=1e-8)
     num_steps, step = config.epochs * len(loader), 0
     model.train()
-    for _ in range(config.epochs):
-        for x, labels in loader:
+    feed = Feed(loader, _Epochs(loader))
+    for epoch in range(config.epochs):
+        for x, labels in feed.epoch(epoch):
             if step == max_steps:
                 return
             for group in optimizer.param_groups:
@@ -59,6 +61,19 @@ def _train_by_hand(model: nn.Module, loader: DataLoader, config: TrainConfig, *,
             F.cross_entropy(model(x), labels, label_smoothing=config.label_smoothing).backward()
             optimizer.step()
             step += 1
+
+
+class _Epochs:
+    """A loader that is told of epochs, as accelerate's is."""
+
+    def __init__(self, loader: DataLoader) -> None:
+        self._loader = loader
+
+    def set_epoch(self, epoch: int) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._loader)
 
 
 def _assert_close(ours: nn.Module, expected: nn.Module) -> None:
@@ -181,11 +196,11 @@ def test_a_loss_that_is_not_finite_stops_the_training_and_the_last_good_epoch_st
 ):
     words, path = _diverge(tmp_path, {5: _scaled(factor)})
     assert words == (
-        f"the loss is {name} at step 5: lower the learning rate or check the data; "
-        f"the last good epoch is kept in {path}"
+        f"the loss is {name} at step 5 (weights, images and the outputs of all layers are finite, the loss of them is "
+        f"not): lower the learning rate or check the data; the last good state is kept in {path}"
     )
     state = load_checkpoint(path)
-    assert state["epochs_done"] == 1
+    assert state["position"]["epoch"] == 1
     assert all(tensor.isfinite().all() for tensor in state["module"].values())
     model, loss_fn = make_net(), CountingLoss()
     train_quietly(model, make_loader(NoisyImages(24)), TrainConfig(epochs=3), checkpoint=path, loss_fn=loss_fn)
@@ -193,18 +208,44 @@ def test_a_loss_that_is_not_finite_stops_the_training_and_the_last_good_epoch_st
     assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
 
 
-def test_a_loss_that_breaks_within_an_epoch_is_found_at_its_end(tmp_path: Path):
+def test_a_loss_that_breaks_within_an_epoch_is_found_before_it_breaks_the_weights(tmp_path: Path):
     words, path = _diverge(tmp_path, {4: _scaled(math.nan)})
-    assert words.startswith("the loss is nan at step 5: ")
-    assert load_checkpoint(path)["epochs_done"] == 1
+    assert words.startswith("the loss is nan at step 4 (weights, images and the outputs of all layers are finite")
+    assert load_checkpoint(path)["position"]["epoch"] == 1
 
 
 def test_a_loss_that_breaks_in_a_long_epoch_is_found_before_its_end(tmp_path: Path):
     words, path = _diverge(tmp_path, {1: _scaled(math.nan)}, num_images=8 * 30)
     assert words == (
-        "the loss is nan at step 20: lower the learning rate or check the data; no epoch was finished before"
+        "the loss is nan at step 1 (weights, images and the outputs of all layers are finite, the loss of them is not)"
+        ": lower the learning rate or check the data; there is no checkpoint yet"
     )
     assert not path.exists()
+
+
+class _Overflowing(nn.Module):
+    """Gives infinity where a float32 has no more room."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * 1e30) * 1e30
+
+
+def test_the_layer_whose_outputs_are_not_finite_is_named():
+    model = make_net()
+    model[5] = _Overflowing()
+    with pytest.raises(
+        TrainingDivergedError, match=r"nan at step 0 \(weights and images are finite, the outputs of layer 5 "
+    ):
+        train_quietly(model, make_loader(NoisyImages(8)), TrainConfig(epochs=1))
+
+
+def test_images_that_are_not_finite_are_named():
+    dataset = NoisyImages(8)
+    dataset.images[3] = math.inf
+    with pytest.raises(
+        TrainingDivergedError, match=r"nan at step 0 \(the batch itself has values that are not finite\)"
+    ):
+        train_quietly(make_net(), make_loader(dataset), TrainConfig(epochs=1))
 
 
 def test_weights_that_only_the_last_step_breaks_do_not_become_the_checkpoint(tmp_path: Path):
@@ -212,7 +253,7 @@ def test_weights_that_only_the_last_step_breaks_do_not_become_the_checkpoint(tmp
     number = len(list(make_net().named_parameters()))
     assert words.startswith(f"{number} weights are not finite after step 5, 0.weight first: lower the learning rate")
     state = load_checkpoint(path)
-    assert state["epochs_done"] == 1
+    assert state["position"]["epoch"] == 1
     assert all(tensor.isfinite().all() for tensor in state["module"].values())
 
 

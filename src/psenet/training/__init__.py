@@ -2,7 +2,7 @@
 
 from psenet.training.config import TrainConfig
 from psenet.training.curves import EpochRecord, Recorder
-from psenet.training.loop import TrainingDivergedError
+from psenet.training.guard import TrainingDivergedError
 from psenet.training.plain import train_model
 from psenet.training.strategies import Strategy, make_strategy, strategy
 from psenet.training.supernet import train_supernet

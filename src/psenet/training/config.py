@@ -30,6 +30,8 @@ class TrainConfig:
     """Temperature of the soft targets."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Autocast type, as in accelerate."""
+    checkpoint_steps: int = 500
+    """Steps between checkpoints within an epoch; there is one after every epoch, too."""
 
     def __post_init__(self) -> None:
         problems = [
@@ -45,6 +47,7 @@ class TrainConfig:
                 ("distill_weight", 0 <= self.distill_weight <= 1, "between 0 and 1"),
                 ("distill_temperature", self.distill_temperature > 0, "above 0"),
                 ("mixed_precision", self.mixed_precision in ("no", "fp16", "bf16"), "'no', 'fp16' or 'bf16'"),
+                ("checkpoint_steps", _is_count(self.checkpoint_steps, 1), "an integer of at least 1"),
             )
             if not holds
         ]
@@ -56,5 +59,5 @@ class TrainConfig:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def _is_count(value: object, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

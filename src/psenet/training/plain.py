@@ -38,7 +38,8 @@ def train_model(
         config: The settings; None for the defaults of `TrainConfig`.
         teacher: For distillation with `config.distill_weight`.
         loss_fn: (outputs, labels) to one loss per sample, shape (B,); None for cross entropy.
-        checkpoint: File to write after every epoch; if it exists, training continues from it.
+        checkpoint: File to write every `config.checkpoint_steps` steps and after every epoch; if it exists, training
+            continues from it.
         record: Told of every finished epoch; see `psenet.training.curves`.
         description: Shown at the progress bar.
         show_progress: Whether to show one.

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -10,6 +11,7 @@ from torch.utils.data import DataLoader
 from psenet.budget import Budget, Limits
 from psenet.errors import InputError
 from psenet.history import History
+from psenet.space import WidthSpace
 from psenet.supernet import Supernet
 from psenet.training.config import TrainConfig
 from psenet.training.curves import Recorder
@@ -17,6 +19,9 @@ from psenet.training.loop import Batch, fit
 from psenet.training.losses import LossFn, cross_entropy
 from psenet.training.steps import Objective, train_distilled
 from psenet.training.strategies import LearningStrategy, Strategy, make_strategy
+
+_MOST_SHOWN = 12
+"""Widths named in an error."""
 
 
 def train_supernet(
@@ -47,7 +52,8 @@ def train_supernet(
         teacher: For distillation with `config.distill_weight`; the sandwich strategy has its own (the full network).
         loss_fn: (outputs, labels) to one loss per sample, shape (B,); None for cross entropy.
         seed: Of the sequence of subnets.
-        checkpoint: File to write after every epoch; if it exists, training continues from it.
+        checkpoint: File to write every `config.checkpoint_steps` steps and after every epoch; if it exists, training
+            continues from it.
         record: Told of every finished epoch; see `psenet.training.curves`.
         show_progress: Whether to show a progress bar.
         max_steps: Stop after this many steps, for time estimates.
@@ -93,8 +99,25 @@ def train_supernet(
         extras={"strategy": chosen, "history": history},
         checkpoint=checkpoint,
         record=record,
+        explain=lambda: _first_not_finite(history, supernet.space),
         description="supernet",
         show_progress=show_progress,
         max_steps=max_steps,
     )
     return history
+
+
+def _first_not_finite(history: History, space: WidthSpace) -> str:
+    """Return which subnet was the first whose loss was not finite, for an error; nothing if none was."""
+    bad_N = np.flatnonzero(~np.isfinite(history.losses))
+    if not len(bad_N):
+        return ""
+    visit = int(bad_N[0])
+    widths = space.from_array(history.widths[visit : visit + 1])[0]
+    share = space.macs(widths) / space.macs(space.full())
+    shown = ", ".join(f"{name} {width}" for name, width in list(widths.items())[:_MOST_SHOWN])
+    rest = f" and {len(widths) - _MOST_SHOWN} groups more" if len(widths) > _MOST_SHOWN else ""
+    return (
+        f", first {history.losses[visit]} at step {history.steps[visit]} in the subnet with "
+        f"{share:.0%} of the MACs, widths {shown}{rest}"
+    )
