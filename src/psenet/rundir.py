@@ -3,7 +3,7 @@
 RUN/recipe.yaml          what the command line was asked to do; `psenet prune --recipe` repeats it
 RUN/recipe.json          the settings the run was started with, which going on must not change
 RUN/stages.json          seconds spent in each stage, and which are finished
-RUN/checkpoints/*.pt     the last epoch of each training
+RUN/checkpoints/*.pt     the state of each training and, as *.previous.pt, the state before
 RUN/stages/*             weights, history and study of the finished stages; for the report also curves.json (every epoch
                          of the trainings), evaluated.json (every scored candidate) and prior.json (what it learned)
 RUN/logs/*               for TensorBoard, where wanted

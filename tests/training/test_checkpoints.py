@@ -1,6 +1,9 @@
 import os
 import pickle
+import random
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,8 @@ from toys import (
 
 from psenet.errors import InputError
 from psenet.training import TrainConfig, train_supernet
-from psenet.training.checkpoint import load_checkpoint
+from psenet.training.checkpoint import load_checkpoint, previous_of
+from psenet.training.curves import EpochRecord
 
 # Resuming -------------------------------------------------------------------------------------------------------------
 
@@ -76,6 +80,60 @@ def test_a_training_that_was_stopped_continues_exactly(optimizer: str, stop: str
     assert loss_fn.num_calls == 6
     assert_same((torch.rand(5), list(loader.sampler), copy_of(model.state_dict())), expected)
     assert_same(torch.load(parts, weights_only=True), torch.load(whole, weights_only=True))
+
+
+class _AnyAugmentation(NoisyImages):
+    """Draws from the generators of torch, Python and NumPy."""
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        image, label = super().__getitem__(index)
+        return image * (1 + random.random()) + np.random.normal(), label
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(("every", "stopped", "kept"), [(1, 9, 9), (3, 9, 9), (3, 11, 10), (2, 3, 2), (4, 12, 12)])
+def test_within_an_epoch_it_goes_on_exactly_too(every: int, stopped: int, kept: int, num_workers: int, tmp_path: Path):
+    """Five steps an epoch, with dropout; `stopped` steps are done, and `kept` of them are in the checkpoint."""
+    config = TrainConfig(epochs=3, checkpoint_steps=every)
+
+    def build(dataset: NoisyImages) -> DataLoader:
+        generator = torch.Generator().manual_seed(1)
+        return DataLoader(dataset, batch_size=4, shuffle=True, generator=generator, num_workers=num_workers)
+
+    def train(name: str, *, seed: int, stop: int = -1) -> tuple[Any, list[EpochRecord], int]:
+        torch.manual_seed(seed)
+        model = make_net(dropout=0.3, seed=seed)
+        records: list[EpochRecord] = []
+        loss_fn = CountingLoss({stop: raising(KeyboardInterrupt())})
+        options: dict[str, Any] = {"checkpoint": tmp_path / name, "loss_fn": loss_fn, "record": records.append}
+        try:
+            train_quietly(model, build(_AnyAugmentation(20)), config, **options)
+        except KeyboardInterrupt:
+            assert stop >= 0
+        after = torch.rand(5), copy_of(model.state_dict())
+        return after, [replace(record, seconds=0.0) for record in records], loss_fn.num_calls
+
+    whole, epochs, _ = train("whole.pt", seed=3)
+    train("parts.pt", seed=3, stop=stopped)
+    at = load_checkpoint(tmp_path / "parts.pt")["position"]
+    assert 5 * at["epoch"] + at["batch"] == kept
+    parts, later_epochs, num_steps = train("parts.pt", seed=99)
+    assert num_steps == 15 - kept
+    assert_same(parts, whole)
+    assert later_epochs == epochs[at["epoch"] :]
+    ends = [_without_seconds(load_checkpoint(tmp_path / name)) for name in ("parts.pt", "whole.pt")]
+    assert_same(ends[0], ends[1])
+
+
+def _without_seconds(state: dict[str, Any]) -> dict[str, Any]:
+    return state | {"position": state["position"] | {"seconds": 0.0}}
+
+
+def test_a_training_may_go_on_with_another_interval_of_checkpoints(tmp_path: Path):
+    path, options = tmp_path / "c.pt", {"checkpoint": tmp_path / "c.pt"}
+    train_quietly(make_net(), make_loader(NoisyImages(16)), TrainConfig(epochs=2), max_steps=3, **options)
+    train_quietly(make_net(), make_loader(NoisyImages(16)), TrainConfig(epochs=2, checkpoint_steps=1), **options)
+    assert load_checkpoint(path)["position"]["epoch"] == 2
 
 
 def _smooth(loss_fn: CountingLoss, config: TrainConfig) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
@@ -221,6 +279,55 @@ def test_a_numpy_archive_and_a_folder_are_refused(tmp_path: Path):
     (tmp_path / "folder.pt").mkdir()
     for name in ("arrays.npz", "folder.pt"):
         _assert_refused(tmp_path / name, f"{name} cannot be read as a checkpoint")
+
+
+@pytest.mark.parametrize("damage", ["cut off", "one bit", "gone"])
+def test_in_place_of_a_damaged_checkpoint_the_one_before_is_used(damage: str, tmp_path: Path):
+    config, path = TrainConfig(epochs=2, checkpoint_steps=2), tmp_path / "training.pt"
+
+    def train(stop: int = -1) -> tuple[dict[str, torch.Tensor], int]:
+        torch.manual_seed(0)
+        model, loss_fn = make_net(dropout=0.3), CountingLoss({stop: raising(KeyboardInterrupt())})
+        with suppress(KeyboardInterrupt):
+            train_quietly(model, make_loader(NoisyImages(24)), config, checkpoint=path, loss_fn=loss_fn)
+        return copy_of(model.state_dict()), loss_fn.num_calls
+
+    whole, _ = train()
+    for file in tmp_path.iterdir():
+        file.unlink()
+    train(stop=5)  # after the checkpoints of steps 2, 3 and 4
+    if damage == "gone":
+        path.unlink()
+        resumed, num_steps = train()
+    else:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content[:-1000] if damage == "cut off" else content)
+        words = r"training.pt cannot be read .*; going on from the one before, .*training.previous.pt"
+        with pytest.warns(UserWarning, match=words):
+            resumed, num_steps = train()
+    assert num_steps == 3
+    assert_same(resumed, whole)
+    assert load_checkpoint(path)["position"]["epoch"] == 2 and load_checkpoint(previous_of(path))["position"]
+
+
+def test_a_damaged_checkpoint_does_not_take_the_place_of_the_one_before(tmp_path: Path):
+    path, config = tmp_path / "training.pt", TrainConfig(epochs=3)
+    options: dict[str, Any] = {"checkpoint": path}
+    train_quietly(make_net(), make_loader(NoisyImages(8)), config, max_steps=2, **options)
+    before = previous_of(path).read_bytes()
+    path.write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match="going on from the one before"):
+        train_quietly(make_net(), make_loader(NoisyImages(8)), config, max_steps=2, **options)
+    assert previous_of(path).read_bytes() == before and load_checkpoint(path)["position"]["epoch"] == 2
+
+
+def test_if_both_are_damaged_both_are_named(tmp_path: Path):
+    path = tmp_path / "training.pt"
+    for file in (path, previous_of(path)):
+        file.write_bytes(b"damaged")
+    words = "training.pt cannot be read .*; and the one before: .*training.previous.pt cannot be read as a checkpoint"
+    _assert_refused(path, words)
 
 
 class _Malicious:
