@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+_UNFINISHED = ".part"
+
 
 def write_atomically(
-    path: str | os.PathLike[str], write: Callable[[BinaryIO], None], *, keep: Path | None = None
+    path: str | os.PathLike[str], write: Callable[[BinaryIO], object], *, keep: Path | None = None
 ) -> None:
     """Write a file beside its place, flush it to disk and rename it into place.
 
@@ -23,7 +25,7 @@ def write_atomically(
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+    handle, beside = tempfile.mkstemp(prefix=f".{target.name}.", suffix=_UNFINISHED, dir=target.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)
@@ -38,6 +40,12 @@ def write_atomically(
         os.unlink(beside)
         raise
     _sync_folder(target.parent)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what writes that were killed have left in a folder and below; nobody may be writing there."""
+    for path in folder.rglob(f".*{_UNFINISHED}"):
+        path.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

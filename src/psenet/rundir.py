@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from psenet.errors import InputError
-from psenet.files import write_atomically, write_bytes
+from psenet.files import remove_unfinished, write_atomically, write_bytes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,6 +43,7 @@ class RunDirectory:
     def __init__(self, path: Path, recipe: Mapping[str, Any], *, resume: bool = False) -> None:
         self.path = path
         check_folder(path, recipe, resume=resume)
+        remove_unfinished(path)
         if not (path / "recipe.json").exists():
             try:
                 write_json(path / "recipe.json", recipe)

@@ -96,10 +96,13 @@ class Run:
 
 
 def seed_stage(config: PruneConfig, stage: int, train: DataLoader) -> None:
-    """Set torch's random state, and that of the training data's order, for a stage of a run."""
-    torch.manual_seed(config.seed * 16 + stage)
+    """Set the random states (torch, Python, NumPy, the training data's order) for a stage of a run."""
+    from accelerate.utils import set_seed
+
+    seed = (config.seed * 16 + stage) % 2**32  # as much as NumPy takes
+    set_seed(seed)
     if train.generator is not None:
-        train.generator.manual_seed(config.seed * 16 + stage)
+        train.generator.manual_seed(seed)
 
 
 def _samples_in_epoch(loader: DataLoader) -> int | None:

@@ -1,0 +1,161 @@
+"""Kill real runs at random moments, resume them, and compare them with a run that nobody disturbed.
+
+    python benchmarks/soak_kills.py                      thirty kills, ten to twenty minutes on one core
+    python benchmarks/soak_kills.py --kills 4 --seed 7
+
+Every run is `psenet prune --resume` on the digits in a process of its own, with a checkpoint every three steps. SIGKILL
+falls at a moment drawn evenly from the time that the undisturbed run took; every second run that goes on is killed once
+more. Whatever a run leaves behind must in the end equal the undisturbed run's, bit by bit: the weights of every stage,
+the checkpoints (weights, optimizer, random numbers, order of the data), the history, every scored candidate in order,
+the training curves and the figures. Only times, and sizes of files that hold times, may differ.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from evidence import write_result
+from psenet.training.checkpoint import load_checkpoint
+
+COMMAND = (
+    *("prune", "--data", "digits", "--model", "psenet.models:digits_resnet", "--macs", "50%", "--resume"),
+    *("--baseline-epochs", "4", "--supernet-epochs", "4", "--finetune-epochs", "3"),
+    *("--evaluations", "30", "--front-evaluations", "6"),
+    *(word for stage in ("baseline", "supernet", "finetune") for word in ("--set", f"{stage}.checkpoint_steps=3")),
+)
+_STAGES = {
+    "recipe.json": "start",
+    "stages/baseline.safetensors": "baseline",
+    "stages/supernet.safetensors": "supernet",
+    "stages/search.json": "search",
+    "stages/uniform.safetensors": "fine-tuning",
+    "result.json": "test and export",
+    "report.html": "report",
+}
+"""What a run lacks while it is at a stage, in their order."""
+_MAY_DIFFER = ("seconds", "latency", "finished_at", "export", "command")
+"""Beginnings of the names of figures that hold times or the folder."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        figures = soak(Path(folder), arguments.kills, np.random.default_rng(arguments.seed))
+    print(json.dumps(figures, indent=2))
+    print(f"figures: {write_result('soak_kills', figures)}")
+    if figures["runs_that_differ"]:
+        sys.exit(1)
+
+
+def soak(folder: Path, num_kills: int, rng: np.random.Generator) -> dict[str, Any]:
+    """Kill so often, and return how that ended."""
+    begin = time.perf_counter()
+    undisturbed = folder / "undisturbed"
+    assert run(undisturbed) is True
+    whole_seconds = time.perf_counter() - begin
+    again = folder / "again"
+    assert run(again) is True
+    found = {"again": differences(again, undisturbed)}
+    stages: Counter[str] = Counter()
+    number = 0
+    while stages.total() < num_kills:
+        number += 1
+        ours = folder / f"run{number}"
+        for _ in range(1 + number % 2):
+            if stages.total() < num_kills and run(ours, kill_after=float(rng.uniform(0.1, whole_seconds))) is None:
+                stages[stage_of(ours)] += 1
+        assert run(ours) is True, f"{ours.name} does not go on"
+        found[ours.name] = differences(ours, undisturbed)
+        print(json.dumps({"kills": stages.total(), ours.name: found[ours.name] or "same"}), flush=True)
+        shutil.rmtree(ours)
+    return {
+        "command": " ".join(("psenet", *COMMAND)),
+        "kills": stages.total(),
+        "kills_by_stage": {stage: stages[stage] for stage in _STAGES.values() if stages[stage]},
+        "killed_runs": number,
+        "undisturbed_runs_are_the_same": not found["again"],
+        "runs_that_differ": {name: what for name, what in found.items() if what},
+        "seconds_of_the_undisturbed_run": round(whole_seconds, 1),
+        "seconds": round(time.perf_counter() - begin),
+    }
+
+
+def run(out: Path, *, kill_after: float | None = None) -> bool | None:
+    """Start or resume a run; return whether it ended well, None if it was killed."""
+    arguments = [sys.executable, "-m", "psenet", *COMMAND, "--out", os.fspath(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with (out.parent / f"{out.name}.log").open("a+") as log:
+        process = subprocess.Popen(arguments, stdout=log, stderr=log, env=environment, start_new_session=True)
+        try:
+            code = process.wait(kill_after)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return None
+        if code != 0:
+            log.seek(0)
+            print(log.read(), file=sys.stderr)
+        return code == 0
+
+
+def stage_of(out: Path) -> str:
+    """Return the stage that a run has not finished."""
+    return next((stage for name, stage in _STAGES.items() if not (out / name).exists()), "finished")
+
+
+def differences(ours: Path, theirs: Path) -> list[str]:
+    """Return the files that differ in more than times."""
+    names, other_names = (
+        {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()} for out in (ours, theirs)
+    )
+    changed = [name for name in sorted(names & other_names) if _content(ours / name) != _content(theirs / name)]
+    return [f"{name} is on one side only" for name in sorted(names ^ other_names)] + changed
+
+
+def _content(path: Path) -> Any:
+    """Return what of a file must be the same."""
+    if path.suffix == ".json":
+        return _lasting(json.loads(path.read_text(encoding="utf-8")))
+    if path.suffix == ".npz":
+        with np.load(path) as arrays:
+            return {name: arrays[name].tobytes() for name in arrays.files}
+    if path.suffix == ".pt":
+        return _plain(_lasting(load_checkpoint(path)))
+    # The study's journal holds times and identifiers; evaluated.json has its content. Reports and programs hold times.
+    return path.read_bytes() if path.suffix in (".safetensors", ".yaml") else None
+
+
+def _lasting(value: Any) -> Any:
+    """Return nested containers without what may differ."""
+    if isinstance(value, Mapping):
+        return {name: _lasting(one) for name, one in value.items() if not str(name).startswith(_MAY_DIFFER)}
+    return [_lasting(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _plain(value: Any) -> Any:
+    """Return nested containers with tensors as bytes, to be compared."""
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), tuple(value.shape), value.numpy().tobytes()
+    if isinstance(value, Mapping):
+        return {name: _plain(one) for name, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+if __name__ == "__main__":
+    main()
