@@ -20,8 +20,8 @@ def write_atomically(
         keep: Where in the same folder the old content goes, if there is some; a kill in between leaves it there alone.
 
     Raises:
-        OSError: The folder cannot be made or written to. Whatever `write` raises goes through. In both cases an
-            existing file at `path` is untouched and nothing is left beside it.
+        OSError: The folder cannot be made or written to, or the disk is full; names the file. Whatever else `write`
+            raises goes through. In both cases an existing file at `path` is untouched and nothing is left beside it.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -36,8 +36,10 @@ def write_atomically(
         if keep is not None and target.exists():
             os.replace(target, keep)
         os.replace(beside, target)
-    except BaseException:
+    except BaseException as error:
         os.unlink(beside)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = os.fspath(target)
         raise
     _sync_folder(target.parent)
 

@@ -72,5 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if debug:
             raise
         print(f"psenet: {type(error).__name__}: {error}", file=sys.stderr)
+        if isinstance(error, OSError):
+            print("psenet: what is finished is kept; once that is mended, --resume continues", file=sys.stderr)
         print("psenet: `psenet --debug ...` shows where it came from", file=sys.stderr)
         sys.exit(FAILURE)

@@ -109,7 +109,11 @@ class Checkpoint:
         }
 
         def write(stream: BinaryIO) -> None:
-            torch.save(state, stream)
+            try:
+                torch.save(state, stream)
+            except RuntimeError as error:
+                # Of a full disk torch says that a position is unexpected.
+                raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
         write_atomically(self._path, write, keep=None if self._is_damaged else previous_of(self._path))
         self._is_damaged = False
