@@ -231,7 +231,7 @@ def test_missing_files_are_named(narrow: nn.Module, tmp_path: Path):
 def test_damaged_weights_are_named(keep: int, narrow: nn.Module, tmp_path: Path):
     weights, _ = save_weights(narrow, tmp_path, widths=WIDTHS)
     weights.write_bytes(weights.read_bytes()[:keep])
-    with pytest.raises(InputError, match=r"weights\.safetensors is not a readable safetensors file"):
+    with pytest.raises(InputError, match=r"weights\.safetensors is damaged \("):
         load(tmp_path, _full)
 
 

@@ -3,7 +3,7 @@
 import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -84,9 +84,9 @@ _PLACES = {
     "search": ("psenet.task.soft_accuracy", 4),
     "choice": ("psenet.task.paired_difference", 1),
     # Between a stage's work and its result.
-    "writing the baseline": ("psenet.rundir.write_bytes", 1),
-    "writing the supernet": ("psenet.rundir.write_bytes", 2),
-    "writing the searched net": ("psenet.rundir.write_bytes", 3),
+    "writing the baseline": ("psenet.rundir.write_weights", 1),
+    "writing the supernet": ("psenet.rundir.write_weights", 2),
+    "writing the searched net": ("psenet.rundir.write_weights", 3),
     "writing the winner": ("psenet.stages.search.write_json", 1),
     "latency": ("psenet.stages.figures.measure_latency", 1),
     "test": ("psenet.stages.figures.net_record", 2),
@@ -194,16 +194,26 @@ def test_another_seed_gives_another_result(undisturbed: Path, tmp_path: Path, qu
     assert not torch.equal(ours["0.weight"], theirs["0.weight"])
 
 
+def _cut_off(content: bytes) -> bytes:
+    return content[:200]
+
+
+def _with_a_flipped_bit(content: bytes) -> bytes:
+    return content[:-50] + bytes([content[-50] ^ 8]) + content[-49:]
+
+
+@pytest.mark.parametrize("damage", [_cut_off, _with_a_flipped_bit])
 def test_a_damaged_stage_is_named_and_made_again_once_it_is_deleted(
-    undisturbed: Path, tmp_path: Path, quick_export: None
+    damage: Callable[[bytes], bytes], undisturbed: Path, tmp_path: Path, quick_export: None
 ):
     run = tmp_path / "run"
     prune_net(run)
     for name in ("baseline", "supernet", "searched", "uniform"):
         (run / "result.json").unlink()  # a finished run reads no stage again
         path = run / f"stages/{name}.safetensors"
-        path.write_bytes(path.read_bytes()[:200])
-        with pytest.raises(InputError, match=rf"{name}\.safetensors is damaged; delete it and resume to make it again"):
+        path.write_bytes(damage(path.read_bytes()))
+        words = rf"{name}\.safetensors is damaged \(.*\): delete it and resume to make it again"
+        with pytest.raises(InputError, match=words):
             prune_net(run, resume=True)
         path.unlink()
         prune_net(run, resume=True)

@@ -25,13 +25,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from psenet.errors import InputError
 from psenet.files import write_bytes
 from psenet.slicing import Attributes, narrow_module
+from psenet.weights_file import read_weights, write_weights
 from psenet.widths import Widths
 
 WEIGHTS_NAME = "weights.safetensors"
@@ -145,16 +144,11 @@ def save_weights(
     others = [f"{name} ({type(value).__name__})" for name, value in state.items() if not _is_tensor(value)]
     if others:
         raise InputError("only tensors can be saved; the module's state also holds " + _listed(others))
-    # safetensors takes neither shared memory nor strides, so each entry gets a plain copy of its own.
-    tensors = {
-        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, value in state.items()
-        if isinstance(value, torch.Tensor)
-    }
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} must be a folder to write the model into; it is a file")
     folder.mkdir(parents=True, exist_ok=True)
-    write_bytes(folder / WEIGHTS_NAME, to_safetensors(tensors, metadata={_HEADER_KEY: text}))
+    write_weights(folder / WEIGHTS_NAME, tensors, {_HEADER_KEY: text})
     write_bytes(folder / WIDTHS_NAME, text.encode())
     return folder / WEIGHTS_NAME, folder / WIDTHS_NAME
 
@@ -234,12 +228,8 @@ def _locate(path: Path) -> tuple[Path, Path | None]:
 
 
 def _read_weights(path: Path) -> tuple[dict[str, torch.Tensor], str | None]:
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            header = (file.metadata() or {}).get(_HEADER_KEY)
-            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
-    except SafetensorError as error:
-        raise InputError(f"{path} is not a readable safetensors file ({error}): export the model again") from error
+    state, header = read_weights(path, advice="export the model again")
+    return state, header.get(_HEADER_KEY)
 
 
 def _read_description(path: Path) -> Description:

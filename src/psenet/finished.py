@@ -15,6 +15,7 @@ from psenet.artifact import load, read_description
 from psenet.errors import InputError
 from psenet.models import build_model, check_trusted
 from psenet.rundir import read_json
+from psenet.weights_file import read_weights
 
 _PROBED_CLASSES = 2
 
@@ -100,13 +101,7 @@ def _baseline(spec: str, weights: Path, *, in_channels: int) -> nn.Module:
 
     The recipe does not hold the number of classes; the weights do, where a model of another number differs from them.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        state = load_file(weights)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"the baseline's weights {weights} cannot be read: {error}") from error
+    state, _ = read_weights(weights, advice="delete it, and result.json, and resume the run to make them again")
     model = build_model(spec, num_classes=_PROBED_CLASSES, in_channels=in_channels)
     classes = {len(state[name]) for name, tensor in model.state_dict().items() if _differs(state.get(name), tensor)}
     if len(classes) == 1:

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from psenet.errors import InputError
-from psenet.files import remove_unfinished, write_atomically, write_bytes
+from psenet.files import remove_unfinished, write_atomically
+from psenet.weights_file import read_weights, write_weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -90,11 +91,7 @@ class RunDirectory:
 
     def save_weights(self, name: str, module: "nn.Module") -> None:
         """Write a module's state as a stage's result."""
-        from safetensors.torch import save
-
-        # Tied tensors must not share memory in a safetensors file.
-        state = {key: tensor.contiguous().clone() for key, tensor in module.state_dict().items()}
-        write_bytes(self.file(f"stages/{name}.safetensors"), save(state))
+        write_weights(self.file(f"stages/{name}.safetensors"), module.state_dict())
 
     def load_weights(self, name: str, module: "nn.Module") -> None:
         """Read a state that `save_weights` wrote into a module.
@@ -102,14 +99,13 @@ class RunDirectory:
         Raises:
             InputError: The file is missing, damaged or of another module.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         path = self.file(f"stages/{name}.safetensors")
+        advice = "delete it and resume to make it again"
+        state, _ = read_weights(path, advice=advice)
         try:
-            module.load_state_dict(load_file(path))
-        except (SafetensorError, RuntimeError, OSError) as error:
-            raise InputError(f"{path} is damaged; delete it and resume to make it again: {error}") from error
+            module.load_state_dict(state)
+        except RuntimeError as error:
+            raise InputError(f"{path} is of another model ({error}): {advice}") from error
 
 
 def check_folder(path: Path, recipe: Mapping[str, Any], *, resume: bool) -> None:

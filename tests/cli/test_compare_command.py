@@ -305,7 +305,7 @@ def test_a_number_out_of_range_is_named(option: str, value: str, tmp_path: Path)
 def test_a_damaged_rival_is_named(tmp_path: Path):
     run = make_run(tmp_path / "run", rival=2)
     (run / "stages" / "uniform.safetensors").write_bytes(b"nothing")
-    _refused(psenet("compare", run, "--data", "digits"), "uniform.safetensors is not a readable safetensors file")
+    _refused(psenet("compare", run, "--data", "digits"), "uniform.safetensors is damaged (")
 
 
 def test_broken_images_are_left_out_where_asked(tmp_path: Path, unequal: Path):

@@ -1,0 +1,65 @@
+"""Weights as a safetensors file that notices damage: a checksum of all tensors stands in its header."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from psenet.errors import InputError
+from psenet.files import write_bytes
+
+_CHECKSUM = "sha256"
+_SIZE = 8
+"""Bytes that say how long the header is, at the beginning of the file."""
+
+
+def write_weights(path: Path, state: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors by name, atomically; tied tensors and views as plain copies of their own.
+
+    Args:
+        path: The file.
+        state: Tensors of any device.
+        metadata: Texts for the header.
+    """
+    from safetensors.torch import save
+
+    # safetensors takes neither shared memory nor strides.
+    plain = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
+    checksum = _checksum(save(plain))
+    write_bytes(path, save(plain, metadata={**(metadata or {}), _CHECKSUM: checksum}))
+
+
+def read_weights(path: Path, *, advice: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return the tensors of a file, on the CPU, and the texts of its header.
+
+    Args:
+        path: A file of `write_weights`, or any safetensors file: without a checksum none is compared.
+        advice: What to do about a damaged file, for the error.
+
+    Raises:
+        InputError: The file cannot be read, or differs from what was written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        content = path.read_bytes()
+        metadata = _header(content).get("__metadata__", {})
+        if metadata.get(_CHECKSUM, _checksum(content)) != _checksum(content):
+            raise ValueError("its checksum is another than when it was written")
+        return load(content), metadata
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is damaged ({error}): {advice}") from error
+
+
+def _header(content: bytes) -> dict[str, dict[str, str]]:
+    size = int.from_bytes(content[:_SIZE], "little")
+    return json.loads(content[_SIZE : _SIZE + size])
+
+
+def _checksum(content: bytes) -> str:
+    """Return the checksum of what follows the header."""
+    size = int.from_bytes(content[:_SIZE], "little")
+    return hashlib.sha256(memoryview(content)[_SIZE + size :]).hexdigest()
