@@ -29,6 +29,12 @@ def test_what_is_written_is_read_by_us_and_by_safetensors(tmp_path: Path):
     assert metadata["note"] == "ä text"
 
 
+def test_the_same_content_is_the_same_file(tmp_path: Path):
+    for name in ("one", "other"):
+        write_weights(tmp_path / name, STATE, {"z": "1", "a": "2", "psenet": "3"})
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
+
+
 def test_tied_tensors_and_views_become_plain_copies(tmp_path: Path):
     whole = torch.arange(12.0).reshape(3, 4)
     tied = {"whole": whole, "again": whole, "view": whole.T[1:], "channels_last": torch.rand(2, 3, 4, 4)}

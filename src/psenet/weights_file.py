@@ -27,8 +27,9 @@ def write_weights(path: Path, state: Mapping[str, torch.Tensor], metadata: Mappi
 
     # safetensors takes neither shared memory nor strides.
     plain = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
-    checksum = _checksum(save(plain))
-    write_bytes(path, save(plain, metadata={**(metadata or {}), _CHECKSUM: checksum}))
+    content = save(plain)
+    texts = {**(metadata or {}), _CHECKSUM: _checksum(content)}
+    write_bytes(path, _with_texts(content, texts))
 
 
 def read_weights(path: Path, *, advice: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -55,11 +56,22 @@ def read_weights(path: Path, *, advice: str) -> tuple[dict[str, torch.Tensor], d
 
 
 def _header(content: bytes) -> dict[str, dict[str, str]]:
-    size = int.from_bytes(content[:_SIZE], "little")
-    return json.loads(content[_SIZE : _SIZE + size])
+    return json.loads(content[_SIZE : _first_byte(content)])
+
+
+def _with_texts(content: bytes, texts: Mapping[str, str]) -> bytes:
+    """Return a file with texts in its header; safetensors itself would put several in an order of chance."""
+    header = {"__metadata__": dict(sorted(texts.items())), **_header(content)}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _SIZE)  # the tensors begin at a multiple of eight bytes
+    return len(text).to_bytes(_SIZE, "little") + text + content[_first_byte(content) :]
+
+
+def _first_byte(content: bytes) -> int:
+    """Return where the header ends."""
+    return _SIZE + int.from_bytes(content[:_SIZE], "little")
 
 
 def _checksum(content: bytes) -> str:
     """Return the checksum of what follows the header."""
-    size = int.from_bytes(content[:_SIZE], "little")
-    return hashlib.sha256(memoryview(content)[_SIZE + size :]).hexdigest()
+    return hashlib.sha256(memoryview(content)[_first_byte(content) :]).hexdigest()
