@@ -3,12 +3,13 @@
 import functools
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 import typer
 
 from psenet.cli import bench, compare, env, export, finetune, init, inspect, prune, report, search, train
-from psenet.errors import InputError
+from psenet.errors import InputError, one_screen
 
 USER_MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130
 
@@ -54,7 +55,8 @@ def _options(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; errors become one message and an exit code.
 
-    Exit codes: 2 for what the user can mend, 1 for a failure, 130 for Ctrl-C. `psenet --debug ...` shows the traceback.
+    Exit codes: 2 for what the user can mend, 1 for a failure, 130 for Ctrl-C. `psenet --debug ...` shows the traceback
+    besides and changes nothing else.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = arguments[:1] == ["--debug"]
@@ -65,12 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(INTERRUPTED)
     except InputError as error:
         if debug:
-            raise
-        print(f"psenet: {error}", file=sys.stderr)
+            traceback.print_exc()
+        print(f"psenet: {one_screen(str(error))}", file=sys.stderr)
         sys.exit(USER_MISTAKE)
     except Exception as error:  # the last stop before the terminal
         if debug:
-            raise
-        print(f"psenet: {type(error).__name__}: {error}", file=sys.stderr)
-        print("psenet: `psenet --debug ...` shows where it came from", file=sys.stderr)
+            traceback.print_exc()
+        print(f"psenet: {type(error).__name__}: {one_screen(str(error))}", file=sys.stderr)
+        if not debug:
+            print("psenet: `psenet --debug ...` shows where it came from", file=sys.stderr)
         sys.exit(FAILURE)
