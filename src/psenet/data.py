@@ -173,7 +173,7 @@ class _Collection:
 def _open(source: str) -> _Collection:
     if source == "digits":
         return _open_digits()
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # a `~name` of nobody stays as it is
     if path.is_dir():
         return _open_folder(path)
     if path.exists():

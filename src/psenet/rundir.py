@@ -117,6 +117,12 @@ def check_folder(path: Path, recipe: Mapping[str, Any], *, resume: bool) -> None
     Raises:
         InputError: It holds another run or other files, or is a file.
     """
+    try:
+        path.exists()
+    except OSError as error:
+        raise InputError(
+            f"the output folder {path} cannot be written: {error.strerror or error}; give another path"
+        ) from error
     if path.exists() and not path.is_dir():
         raise InputError(f"the output folder {path} is a file; give another path")
     if not (path / "recipe.json").exists():

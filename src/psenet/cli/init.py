@@ -26,10 +26,11 @@ def init(
     """
     from psenet.cli.opening import make_console, read_overrides
     from psenet.errors import InputError
-    from psenet.files import write_bytes
+    from psenet.files import check_can_be_written, write_bytes
     from psenet.recipe import Override, read_recipe
     from psenet.recipe_text import commented_text
 
+    check_can_be_written(path)
     if path.exists() and not force:
         raise InputError(f"{path} is there already; give another name, or --force to write over it")
     budget = {"macs": macs, "params": params, "memory": memory, "latency_ms": latency_ms}

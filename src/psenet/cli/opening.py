@@ -153,13 +153,15 @@ def check_files(recipe: "Recipe") -> None:
     Raises:
         InputError: Some are not; all are named.
     """
+    import os
+
     from psenet.errors import InputError
 
     problems = []
     if recipe.model.weights is not None and not Path(recipe.model.weights).is_file():
         problems.append(f"there is no weights file {recipe.model.weights}")
     source = recipe.data.source
-    if source.startswith(("/", "~", ".")) and not Path(source).expanduser().is_dir():
+    if source.startswith(("/", "~", ".")) and not Path(os.path.expanduser(source)).is_dir():
         problems.append(f"there is no data folder {source!r}")
     if problems:
         raise InputError("; ".join(problems))
