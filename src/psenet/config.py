@@ -12,7 +12,6 @@ from psenet.training.config import TrainConfig
 from psenet.training.loop import make_accelerator
 from psenet.training.strategies import make_strategy
 
-
 _RANGES: Mapping[str, tuple[int, int | None]] = {
     "seed": (0, 2**32 - 1),  # what every generator takes
     "num_evaluations": (1, None),

@@ -1,6 +1,5 @@
 """The one exception that means "what you gave cannot be used"."""
 
-
 _MAX_LINES, _MAX_CHARACTERS = 16, 1600
 """Of a message on a terminal: a screen of 20 lines of 100 characters, less what stands around it."""
 
@@ -22,7 +21,7 @@ def first_line(error: BaseException) -> str:
 def one_screen(message: str) -> str:
     """Return a message cut to what fits on a screen; what it leaves out is said to be left out.
 
-    Messages end with what others have said, such as torch on a state dict that does not fit, which may be of any length.
+    Messages end with what others have said, such as torch on a state dict that does not fit: of any length.
 
     Example:
         >>> one_screen("short")

@@ -17,7 +17,6 @@ from psenet.report.money import ReturnFigures
 from psenet.report.text import Language
 from psenet.yaml_text import Document, Key, read_yaml
 
-
 _MOST = 2**31 - 1
 """Of what counts images or pixels."""
 

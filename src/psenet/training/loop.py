@@ -305,7 +305,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         *(OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AssertionError),
         *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error),
     ) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        # torch's own words advise to unpickle it all the same.
+        holds_objects = isinstance(error, pickle.UnpicklingError)
+        reason = "it is damaged, or holds objects, which are never unpickled" if holds_objects else lines[0]
         raise InputError(
-            f"{path} cannot be read as a checkpoint; delete it to start this stage again: {first_line}"
+            f"{path} cannot be read as a checkpoint; delete it to start this stage again: {reason}"
         ) from error
