@@ -13,8 +13,9 @@ import time
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import unquote, unquote_plus
 
-from psenet.errors import InputError
+from psenet.errors import InputError, first_line
 from psenet.space import WidthSpace
 
 if TYPE_CHECKING:
@@ -77,17 +78,25 @@ def open_storage(storage: str | os.PathLike[str] | None) -> "BaseStorage | None"
 
     if storage is None:
         return None
-    try:
-        if isinstance(storage, str) and "://" in storage:
+    if isinstance(storage, str) and "://" in storage:
+        try:
             return _open_database(storage)
-        path = Path(storage)
+        except (OSError, ValueError, ImportError, KeyError, sqlalchemy.exc.SQLAlchemyError) as error:
+            # Not chained: a traceback would show the URL with its password.
+            raise InputError(
+                f"the storage {without_password(storage)!r} cannot be opened; give a file path or a URL such as "
+                f"sqlite:///study.db: {_told_without(storage, error)}"
+            ) from None
+    path = Path(storage)
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _mend_journal(path)
         return JournalStorage(JournalFileBackend(str(path)))
-    except (OSError, ValueError, ImportError, KeyError, sqlalchemy.exc.SQLAlchemyError) as error:
+    # What optuna raises at records that it did not write.
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
         raise InputError(
-            f"the storage {without_password(storage)!r} cannot be opened; "
-            f"give a file path or a URL such as sqlite:///study.db: {error}"
+            f"the storage {str(storage)!r} cannot be opened ({first_line(error)}): give another path, or delete it to "
+            "start its study again"
         ) from error
 
 
@@ -123,7 +132,10 @@ def _mend_journal(path: Path) -> None:
         content = path.read_bytes()
         whole, newline, rest = content.rpartition(b"\n")
         for number, line in enumerate(whole.split(b"\n") if newline else [], start=1):
-            record = json.loads(line)
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
             if not isinstance(record, dict) or "op_code" not in record:
                 raise ValueError(f"line {number} is no record of an Optuna journal")
         start = b'{"op_code"'
@@ -136,8 +148,30 @@ def _mend_journal(path: Path) -> None:
 
 
 def without_password(storage: str | os.PathLike[str] | None) -> str:
-    """Return a storage's path or URL for a message."""
-    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", str(storage))
+    """Return a storage's path or URL for a message, without its password and the values of its options.
+
+    Example:
+        >>> without_password("postgresql://me:s3cret@host/db?token=abc&sslmode=require")
+        'postgresql://me:***@host/db?token=***&sslmode=***'
+    """
+    address, mark, options = str(storage).partition("?") if "://" in str(storage) else (str(storage), "", "")
+    # To the last @, as a password may hold some itself.
+    address = re.sub(r"(://[^:/@]*):.*@", r"\1:***@", address)
+    return address + mark + re.sub(r"=[^&]*", "=***", options)
+
+
+def _told_without(url: str, error: BaseException) -> str:
+    """Return what an error says, without the secrets of a URL in any of the forms in which drivers repeat it."""
+    text = str(error).replace(url, without_password(url))
+    return text if all(secret not in text for secret in _secrets(url)) else type(error).__name__
+
+
+def _secrets(url: str) -> set[str]:
+    """Return the password and the values of the options of a URL, as written and decoded."""
+    address, _, options = url.partition("?")
+    password = re.search(r"://[^:/@]*:(.*)@", address)
+    found = {value for value in re.findall(r"=([^&]*)", options)} | ({password[1]} if password else set())
+    return {form for one in found for form in (one, unquote(one), unquote_plus(one)) if form}
 
 
 def put_back_orphans(study: "Study") -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from psenet.errors import InputError
+from psenet.errors import InputError, first_line
 from psenet.files import write_atomically
 from psenet.progress import progress_bar
 from psenet.training.config import TrainConfig
@@ -237,7 +237,18 @@ class _Checkpoint:
         if self._path is None or not self._path.exists():
             return 0
         state = load_checkpoint(self._path)
-        self._check_same(state)
+        try:
+            self._check_same(state)
+            return self._take(state)
+        except InputError:
+            raise
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise InputError(
+                f"{self._path} is damaged; delete it to start this stage again: {first_line(error)}"
+            ) from error
+
+    def _take(self, state: Mapping[str, Any]) -> int:
+        """Continue from a state; return the epochs done."""
         self._module.load_state_dict(state["module"])
         self._optimizer.load_state_dict(state["optimizer"])
         for name, extra in self._extras.items():
