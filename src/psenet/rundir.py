@@ -134,7 +134,7 @@ def check_folder(path: Path, recipe: Mapping[str, Any], *, resume: bool) -> None
         InputError: It holds another run or other files, or is a file.
     """
     try:
-        path.exists()
+        is_empty = not path.exists() or not path.is_dir() or not any(path.iterdir())
     except OSError as error:
         raise InputError(
             f"the output folder {path} cannot be written: {error.strerror or error}; give another path"
@@ -142,7 +142,7 @@ def check_folder(path: Path, recipe: Mapping[str, Any], *, resume: bool) -> None
     if path.exists() and not path.is_dir():
         raise InputError(f"the output folder {path} is a file; give another path")
     if not (path / "recipe.json").exists():
-        if path.exists() and any(path.iterdir()):
+        if not is_empty:
             raise InputError(f"the output folder {path} holds files that are not of a psenet run; give an empty one")
         return
     if not resume:

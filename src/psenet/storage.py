@@ -7,15 +7,14 @@ SQLite both could: each adds a trial of its own, and the one with the lower numb
 
 import json
 import os
-import re
 import socket
 import time
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import unquote, unquote_plus
 
 from psenet.errors import InputError, first_line
+from psenet.masking import told_without, without_password
 from psenet.space import WidthSpace
 
 if TYPE_CHECKING:
@@ -85,7 +84,7 @@ def open_storage(storage: str | os.PathLike[str] | None) -> "BaseStorage | None"
             # Not chained: a traceback would show the URL with its password.
             raise InputError(
                 f"the storage {without_password(storage)!r} cannot be opened; give a file path or a URL such as "
-                f"sqlite:///study.db: {_told_without(storage, error)}"
+                f"sqlite:///study.db: {told_without(storage, error)}"
             ) from None
     path = Path(storage)
     try:
@@ -145,33 +144,6 @@ def _mend_journal(path: Path) -> None:
             os.truncate(path, len(content) - len(rest))
     finally:
         lock.release()
-
-
-def without_password(storage: str | os.PathLike[str] | None) -> str:
-    """Return a storage's path or URL for a message, without its password and the values of its options.
-
-    Example:
-        >>> without_password("postgresql://me:s3cret@host/db?token=abc&sslmode=require")
-        'postgresql://me:***@host/db?token=***&sslmode=***'
-    """
-    address, mark, options = str(storage).partition("?") if "://" in str(storage) else (str(storage), "", "")
-    # To the last @, as a password may hold some itself.
-    address = re.sub(r"(://[^:/@]*):.*@", r"\1:***@", address)
-    return address + mark + re.sub(r"=[^&]*", "=***", options)
-
-
-def _told_without(url: str, error: BaseException) -> str:
-    """Return what an error says, without the secrets of a URL in any of the forms in which drivers repeat it."""
-    text = str(error).replace(url, without_password(url))
-    return text if all(secret not in text for secret in _secrets(url)) else type(error).__name__
-
-
-def _secrets(url: str) -> set[str]:
-    """Return the password and the values of the options of a URL, as written and decoded."""
-    address, _, options = url.partition("?")
-    password = re.search(r"://[^:/@]*:(.*)@", address)
-    found = {value for value in re.findall(r"=([^&]*)", options)} | ({password[1]} if password else set())
-    return {form for one in found for form in (one, unquote(one), unquote_plus(one)) if form}
 
 
 def put_back_orphans(study: "Study") -> None:

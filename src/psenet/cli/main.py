@@ -10,6 +10,7 @@ import typer
 
 from psenet.cli import bench, compare, env, export, finetune, init, inspect, prune, report, search, train
 from psenet.errors import InputError, one_screen
+from psenet.masking import without_passwords
 
 USER_MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130
 
@@ -61,19 +62,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = arguments[:1] == ["--debug"]
     try:
-        app(arguments, standalone_mode=True, obj=shlex.join(["psenet", *arguments]))
+        app(arguments, standalone_mode=True, obj=without_passwords(shlex.join(["psenet", *arguments])))
     except _StoppedError:
         print("\nstopped; what is finished is kept: the same command with --resume continues", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except InputError as error:
-        if debug:
-            traceback.print_exc()
-        print(f"psenet: {one_screen(str(error))}", file=sys.stderr)
+        _tell(f"psenet: {one_screen(str(error))}", debug=debug)
         sys.exit(USER_MISTAKE)
     except Exception as error:  # the last stop before the terminal
-        if debug:
-            traceback.print_exc()
-        print(f"psenet: {type(error).__name__}: {one_screen(str(error))}", file=sys.stderr)
+        _tell(f"psenet: {type(error).__name__}: {one_screen(str(error))}", debug=debug)
         if not debug:
             print("psenet: `psenet --debug ...` shows where it came from", file=sys.stderr)
         sys.exit(FAILURE)
+
+
+def _tell(message: str, *, debug: bool) -> None:
+    """Print the message of the exception at hand, below its traceback where that is wanted."""
+    text = f"{traceback.format_exc()}{message}" if debug else message
+    print(without_passwords(text), file=sys.stderr)
