@@ -4,7 +4,8 @@ import os
 import re
 from urllib.parse import unquote, unquote_plus
 
-_PASSWORD = re.compile(r"(://[^:/@\s]*):[^/@\s]*@")
+_PASSWORD = re.compile(r"(:/{1,2}[^:/@\s]*):[^/@\s]*@")
+"""With one slash where a URL was taken for a path."""
 _TOKEN = re.compile(r"([?&][^=&\s]*(?:pass|pwd|token|secret|key|sig|auth)[^=&\s]*=)[^&\s'\"]+", re.IGNORECASE)
 
 
@@ -33,6 +34,9 @@ def without_password(storage: str | os.PathLike[str] | None) -> str:
 
 def told_without(url: str, error: BaseException) -> str:
     """Return what an error says, without the secrets of a URL in any of the forms in which drivers repeat them."""
+    missing = error.__cause__ or error.__context__
+    if isinstance(missing, ModuleNotFoundError):
+        return f"its driver, the package {missing.name!r}, is not installed"
     text = str(error).replace(url, without_password(url))
     return text if all(secret not in text for secret in _secrets(url)) else type(error).__name__
 

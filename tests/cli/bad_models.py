@@ -254,13 +254,13 @@ MODELS = (
         f"w.pth {_UNREADABLE}{_NEVER}",
     ),
     _weights(
-        "a checkpoint with an object",
+        "weights with an object",
         "w.pt",
         lambda path: torch.save({"a": Executed()}, path),
         f"w.pt {_UNREADABLE}{_NEVER}",
     ),
     _weights(
-        "an old checkpoint with an object",
+        "old weights with an object",
         "w.pth",
         lambda path: torch.save({"a": Executed()}, path, _use_new_zipfile_serialization=False),
         f"w.pth {_UNREADABLE}{_NEVER}",

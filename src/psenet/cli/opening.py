@@ -79,6 +79,7 @@ def make_job(recipe: "Recipe", place: Place, console: "Console") -> "Job":
 
     from psenet.data import load_data
     from psenet.logs import check_tensorboard
+    from psenet.masking import without_passwords
     from psenet.models import build_model
     from psenet.stages.start import Job
 
@@ -86,7 +87,7 @@ def make_job(recipe: "Recipe", place: Place, console: "Console") -> "Job":
     if recipe.settings.tensorboard:
         check_tensorboard()  # before any time is spent on loading
     chosen, seed = recipe.data, recipe.settings.seed
-    console.print(f"loading {chosen.source}", highlight=False)
+    console.print(f"loading {without_passwords(chosen.source)}", highlight=False)
     splits = load_data(
         chosen.source,
         image_size=chosen.image_size,
