@@ -221,14 +221,14 @@ RUNS = (
         "prune --from run --macs 40% --set supernet.epochs=9 --out other",
         "train",
         (),
-        "the supernet in run was trained with other settings: settings.supernet.epochs was 1, now 9; train one of its own",
+        "the supernet in run was trained with other settings: settings.supernet.epochs was 1, now 9",
     ),
     _case(
         "a supernet that is not there",
         "search run --macs 40% --out other",
         "train",
         (_SUPERNET.unlink,),
-        "the run in run has no trained supernet yet (stages/supernet.safetensors is missing): finish its training first",
+        "the run in run has no trained supernet yet (stages/supernet.safetensors is missing): finish its",
     ),
     _case(
         "a stranger's run that names a factory",
