@@ -1,6 +1,7 @@
 import pickle
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -165,7 +166,8 @@ def test_links_are_followed_also_out_of_the_folder(image_tree, tmp_path):
     (root / "cat" / "0.png").symlink_to(store.with_suffix(".png"))
     data = load_data(str(root))
     assert data.class_names == ("cat", "dog")
-    assert sum(len(part) for part in (data.train, data.calibration, data.validation, data.test)) == 16
+    splits: list[Any] = [data.train, data.calibration, data.validation, data.test]
+    assert sum(len(split) for split in splits) == 16
 
 
 def break_three(root: Path) -> None:

@@ -3,6 +3,7 @@ import importlib
 import pkgutil
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import pytest
 
@@ -36,8 +37,8 @@ def test_importing_the_package_loads_nothing_that_a_user_may_not_need():
     assert _loaded("import torch, psenet", unwanted) - _loaded("import torch", unwanted) == set()
 
 
-def _loaded(code: str, modules: list[str]) -> set[str]:
+def _loaded(code: str, modules: Sequence[str]) -> set[str]:
     """Return which modules a new process has loaded after running a piece of code."""
-    code = f"import sys\n{code}\nprint(*(name for name in {modules} if name in sys.modules))"
+    code = f"import sys\n{code}\nprint(*(name for name in {list(modules)} if name in sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120)
     return set(found.stdout.split())

@@ -77,9 +77,9 @@ def _installed(name: str) -> Distribution | None:
 def licence_of(found: Distribution) -> str:
     """Return what a package says of its licence: an expression, else its classifiers, else the head of a text."""
     about = found.metadata
-    expression = about.get("License-Expression")
+    expression = about.get_all("License-Expression")
     if expression:
-        return expression
+        return expression[0]
     classifiers = [
         one.rpartition(" :: ")[2]
         for one in about.get_all("Classifier") or []
@@ -87,7 +87,7 @@ def licence_of(found: Distribution) -> str:
     ]
     if classifiers:
         return ", ".join(classifiers)
-    text = (about.get("License") or "").strip() or _first_title(found)
+    text = "".join(about.get_all("License") or []).strip() or _first_title(found)
     return text.splitlines()[0][:60] if text else "unknown"
 
 

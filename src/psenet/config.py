@@ -22,8 +22,9 @@ _RANGES: Mapping[str, tuple[int, int | None]] = {
 
 
 def _is_within(value: object, least: int, most: int | None) -> bool:
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
-    return is_whole and value >= least and (most is None or value <= most)
+    if not isinstance(value, int) or isinstance(value, bool):
+        return False
+    return value >= least and (most is None or value <= most)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ class Case:
     code: int = USER_MISTAKE
     files: Mapping[str, str | bytes] = field(default_factory=dict)
     """Written before, by path."""
-    prepare: Callable[[], None] | None = None
+    prepare: Callable[[], object] | None = None
     """Does in the directory what plain files cannot."""
     leaves: tuple[str, ...] = ()
     """What of `run` may be there afterwards; by default the mistake is found before anything is written."""
