@@ -278,7 +278,7 @@ def test_a_storage_that_cannot_be_opened_is_named(tmp_path: Path, content: bytes
         path.mkdir()
     else:
         path.write_bytes(content)
-    with pytest.raises(InputError, match=r"the storage '.*study' cannot be opened; give a file path or a URL"):
+    with pytest.raises(InputError, match=r"the storage '.*study' cannot be opened \(.*\): give another path"):
         search(space, Budget(macs="50%"), Additive(space), num_evaluations=2, storage=path)
     assert content is None or path.read_bytes() == content
 

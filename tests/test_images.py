@@ -1,7 +1,9 @@
 import pickle
 import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -121,6 +123,51 @@ def test_images_of_every_mode_become_rgb(image_tree, mode):
         Image.open(path).convert(mode).save(path.with_suffix(".tiff"))
         path.unlink()
     assert load_data(str(root)).test[0][0].shape == (3, 16, 16)
+
+
+def first_values(folder: Path) -> list[int]:
+    """Return the values of the first pixel as they are decoded."""
+    data = load_data(str(folder), image_size=16)
+    mean_C, std_C = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return ((data.test[0][0][:, 8, 8] * std_C + mean_C) * 255).round().int().tolist()
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".pgm"])
+def test_grey_images_of_16_bits_keep_their_grey(image_tree, suffix):
+    root = image_tree({"cat": 8, "dog": 8})
+    for path in root.rglob("*.png"):
+        path.unlink()
+        Image.fromarray(np.full((16, 16), 100 * 256 + 7, dtype=np.uint16)).save(path.with_suffix(suffix))
+    assert first_values(root) == [100, 100, 100]
+
+
+def test_of_an_animation_the_first_frame_is_taken(image_tree):
+    root = image_tree({"cat": 8, "dog": 8})
+    frames = [Image.new("RGB", (16, 16), (value, 50, 60)) for value in (40, 140, 240)]
+    for path in list(root.rglob("*.png")):
+        frames[0].save(path, save_all=True, append_images=frames[1:])
+    assert first_values(root) == [40, 50, 60]
+
+
+def test_images_in_formats_that_are_not_read_are_counted(image_tree):
+    root = image_tree({"cat": 8, "dog": 8})
+    for name in ("cat/1.gif", "dog/1.GIF", "dog/2.heic"):
+        (root / name).touch()
+    with pytest.warns(UserWarning, match=r"formats that are not read: 2 \.gif, 1 \.heic; save them as \.png"):
+        load_data(str(root))
+
+
+def test_links_are_followed_also_out_of_the_folder(image_tree, tmp_path):
+    root = image_tree({"cat": 8, "dog": 8})
+    store = tmp_path / "store"
+    (root / "dog").rename(store)
+    (root / "dog").symlink_to(store)
+    (root / "cat" / "0.png").rename(store.with_suffix(".png"))
+    (root / "cat" / "0.png").symlink_to(store.with_suffix(".png"))
+    data = load_data(str(root))
+    assert data.class_names == ("cat", "dog")
+    splits: list[Any] = [data.train, data.calibration, data.validation, data.test]
+    assert sum(len(split) for split in splits) == 16
 
 
 def break_three(root: Path) -> None:

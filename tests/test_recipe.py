@@ -170,7 +170,7 @@ def test_all_mistakes_are_named_at_once_with_their_lines(write: Any):
         "8: there is no 'mixed_precision'; did you mean baseline.mixed_precision or supernet.mixed_precision or "
         "finetune.mixed_precision?",
         "1: model.name must be given",
-        "3: data: batch_size must be at least 2; got 1",
+        "3: data: batch_size must be at least 2 and at most 2147483647; got 1",
         "7: supernet.learning_rate: input should be a valid number, unable to parse string as a number; got 'fast'",
         "9: finetune: training settings: epochs must be an integer of at least 0; got -1",
         "--divisor: divisor: input should be a valid integer, unable to parse string as an integer; got 'x'",

@@ -322,17 +322,11 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path):
             {"config": short_config(strategy="bilaterol")},
             r"unknown strategy 'bilaterol'; there are \['bilateral', 'parallel', 'sandwich'",
         ),
-        ({"config": short_config(num_subnets=0)}, "num_subnets must be at least 1; got 0"),
-        (
-            {"config": short_config(num_evaluations=0, seed=-1)},
-            "seed must be at least 0; got -1; num_evaluations must be at least 1; got 0",
-        ),
         pytest.param(
             {"config": short_config(supernet=replace(SHORT, mixed_precision="fp16"))},
             "mixed_precision='fp16' is not possible",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has it"),
         ),
-        ({"config": short_config(min_ratio=0.0)}, "min_ratio must be above 0"),
         ({"model": nn.Sequential(nn.Flatten(), nn.Linear(192, 3))}, "no width that could vary. What froze it: 1: "),
         ({"model": nn.Sequential(nn.Conv2d(1, 8, 3))}, r"the model refuses an input of shape \(1, 3, 8, 8\)"),
         ({"train_loader": NOTHING}, "the train loader has no batches"),

@@ -1,5 +1,6 @@
 """The settings of `prune`."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,10 +12,28 @@ from psenet.training.config import TrainConfig
 from psenet.training.loop import make_accelerator
 from psenet.training.strategies import make_strategy
 
+_RANGES: Mapping[str, tuple[int, int | None]] = {
+    "seed": (0, 2**32 - 1),  # what every generator takes
+    "num_evaluations": (1, None),
+    "num_front_evaluations": (0, None),
+    "num_subnets": (1, None),
+    "divisor": (1, None),
+}
+
+
+def _is_within(value: object, least: int, most: int | None) -> bool:
+    if not isinstance(value, int) or isinstance(value, bool):
+        return False
+    return value >= least and (most is None or value <= most)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PruneConfig:
-    """The settings of `prune` beside model, data and budget."""
+    """The settings of `prune` beside model, data and budget.
+
+    Raises:
+        InputError: A number is out of range; all offenders are named.
+    """
 
     baseline: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=30))
     """How the full model is trained if it is not `trained`."""
@@ -51,6 +70,17 @@ class PruneConfig:
     tensorboard: bool = False
     """Write logs for TensorBoard into the run directory. No part of `as_dict`: a run may go on with or without."""
 
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} must be an integer of at least {least}{f' and at most {most}' if most else ''}; got {value!r}"
+            for name, (least, most) in _RANGES.items()
+            if not _is_within(value := getattr(self, name), least, most)
+        ]
+        if not (isinstance(self.min_ratio, int | float) and 0 < self.min_ratio <= 1):
+            problems.append(f"min_ratio must be above 0 and at most 1; got {self.min_ratio!r}")
+        if problems:
+            raise InputError("; ".join(problems))
+
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as plain JSON values: those that decide what the run gives."""
         plain: dict[str, Any] = {}
@@ -74,18 +104,8 @@ class PruneConfig:
             focus: The budget, worked out for it, where training shall focus on it.
 
         Raises:
-            InputError: A number is too small, the strategy is unknown or has no focus, a device is missing or lacks the
-                precision.
+            InputError: The strategy is unknown or has no focus, a device is missing or lacks the precision.
         """
-        least = {"seed": 0, "num_evaluations": 1, "num_front_evaluations": 0}
-        given = {name: getattr(self, name) for name in least}
-        problems = [
-            f"{name} must be at least {least[name]}; got {value}"
-            for name, value in given.items()
-            if value < least[name]
-        ]
-        if problems:
-            raise InputError("; ".join(problems))
         make_strategy(self.strategy, space, num_subnets=self.num_subnets, seed=self.seed, focus=focus)
         self.latency.check()
         for training in (self.baseline, self.supernet, self.finetune):

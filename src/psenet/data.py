@@ -6,6 +6,7 @@ Legend: N images, C channels, H height, W width.
 """
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,7 @@ _MIN_PER_CLASS = 4
 _TRAIN, _VALIDATION, _TEST = ("train", "training"), ("val", "valid", "validation"), ("test", "testing")
 _TIMM_PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")
 _DEFAULT_TIMM_ROOT = ".data"
+_OTHER_IMAGES = (".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".dcm", ".dng")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,9 @@ def load_data(
     Calibration takes about 2 % of the training images (64 to 2048), validation about 10 % (at most 5000), unless the
     source has a validation set of its own. Without a test set, half of the source's validation set is the test set,
     or, without that too, 20 % of all images.
+
+    Links in a folder are followed, also to what lies outside it: data sets are often made of links into one store.
+    Nothing but decoded pixels is taken from where they lead, and what is no image is refused by the link's name.
 
     Args:
         source: `digits` (embedded in scikit-learn); a folder `{train,val,test}/<class>/*`, `{train,test}/<class>/*`,
@@ -173,7 +178,7 @@ class _Collection:
 def _open(source: str) -> _Collection:
     if source == "digits":
         return _open_digits()
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # a `~name` of nobody stays as it is
     if path.is_dir():
         return _open_folder(path)
     if path.exists():
@@ -263,6 +268,7 @@ def _list_classes(folder: Path) -> dict[str, list[str]]:
         raise InputError(
             f"{folder} must hold one folder of images per class; found {len(entries)} files and no class folders"
         )
+    _warn_of_others(classes)
     listing = {
         entry.name: [file.path for file in _visible_entries(entry) if file.name.lower().endswith(IMG_EXTENSIONS)]
         for entry in classes
@@ -275,9 +281,21 @@ def _list_classes(folder: Path) -> dict[str, list[str]]:
     return listing
 
 
+def _warn_of_others(classes: Sequence[os.DirEntry[str]]) -> None:
+    """Warn of images in formats that are not read: whoever has them would miss them."""
+    suffixes = [Path(file.name).suffix.lower() for entry in classes for file in _visible_entries(entry)]
+    others = {suffix: suffixes.count(suffix) for suffix in _OTHER_IMAGES if suffix in suffixes}
+    if others:
+        counts = ", ".join(f"{count} {suffix}" for suffix, count in others.items())
+        warnings.warn(f"left out images in formats that are not read: {counts}; save them as .png", stacklevel=6)
+
+
 def _visible_entries(folder: Path | os.DirEntry[str]) -> list[os.DirEntry[str]]:
-    with os.scandir(folder) as entries:
-        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    except OSError as error:
+        raise InputError(f"the data folder {os.fspath(folder)} cannot be read: {error.strerror or error}") from error
 
 
 def _open_timm(name: str) -> _Collection:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from psenet.errors import InputError
+
 _UNFINISHED = ".part"
 
 
@@ -57,6 +59,24 @@ def write_bytes(path: Path, content: bytes) -> None:
         file.write(content)
 
     write_atomically(path, write)
+
+
+def check_can_be_written(path: Path) -> None:
+    """Make sure that a file can be written, before what shall stand in it is worked out; nothing is changed.
+
+    Raises:
+        InputError: It is a folder, one of its parents is a file, or writing is not permitted there.
+    """
+    try:
+        if path.is_dir():
+            raise InputError(f"{path} must be a file to write; it is a folder: give a name inside it")
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}; give another path") from error
+    if not folder.is_dir():
+        raise InputError(f"{path} cannot be written: {folder} is a file; give another path")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{path} cannot be written: writing in {folder} is not permitted; give another path")
 
 
 def _umask() -> int:

@@ -55,7 +55,10 @@ def load_run(path: str | Path, *, factory: str | None = None) -> FinishedRun:
         raise InputError(
             f"the run in {path} is not finished: it has no result.json; continue it with psenet prune ... --resume"
         )
-    recipe, record = read_json(path / "recipe.json"), read_json(path / "result.json")
+    recipe = read_json(path / "recipe.json")
+    record = read_json(path / "result.json", remedy=f"delete it and make it again: psenet export {path}")
+    if not isinstance(record, dict):
+        raise InputError(f"{path / 'result.json'} must hold the figures of a run; got a {type(record).__name__}")
     spec, shape = (recipe.get(name) if isinstance(recipe, dict) else None for name in ("model", "input_shape"))
     if not (isinstance(spec, str) and ":" in spec):
         raise InputError(

@@ -187,7 +187,9 @@ def read_arrays(path: str | os.PathLike[str], *, space_digest: str, kind: str, v
     except FileNotFoundError:
         raise InputError(f"{place} does not exist") from None
     except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{place} cannot be read; it is corrupt or no .npz file: {error}") from None
+        # numpy's own words advise to unpickle it all the same.
+        reason = "it holds objects, which are never unpickled" if "pickle" in str(error) else error
+        raise InputError(f"{place} cannot be read; it is corrupt or no .npz file: {reason}") from None
     found = [str(arrays.pop(name, None)) for name in ("kind", "version", "space_digest")]
     if found[:2] != [kind, str(version)]:
         raise InputError(f"{place} must be a psenet {kind} of version {version}; got {found[0]} of version {found[1]}")

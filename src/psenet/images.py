@@ -7,6 +7,8 @@ Legend: N images, C channels, H height, W width.
 """
 
 import math
+import os
+import stat
 import struct
 import warnings
 import zlib
@@ -29,6 +31,8 @@ _CROP_SHARE = 0.875
 _MAX_LISTED = 10
 _UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, struct.error, zlib.error)
 """What PIL raises at broken files of its many formats."""
+_AT_MOST_16_BITS = ("PNG", "PPM")
+"""Formats whose grey pixels have 16 bits where PIL takes them for 32."""
 _UNREADABLE_MESSAGE = (
     "every image must be readable; {}. Repair or remove them, or ask for unreadable images to be skipped"
 )
@@ -135,6 +139,9 @@ class TimmPool:
 def _open_image(path: str) -> Any:
     from PIL import Image
 
+    # A pipe would be waited for, and a device read, for ever. Links are followed: data sets are often made of them.
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("not a file")
     try:
         return Image.open(path)
     except Image.DecompressionBombError as error:  # The only one of PIL's errors that derives from none of _UNREADABLE.
@@ -142,8 +149,18 @@ def _open_image(path: str) -> Any:
 
 
 def _to_tensor(image: Any) -> torch.Tensor:
-    """Return a PIL image of any mode as RGB, uint8 of shape (3, H, W)."""
-    pixels_HWC = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    """Return a PIL image of any mode as RGB, uint8 of shape (3, H, W); of several frames the first.
+
+    Raises:
+        ValueError: Its pixels have 32 bits, so that nobody knows what is black and what white.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _AT_MOST_16_BITS):
+        grey_HW = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)  # PIL makes white of all above 255
+        pixels_HWC = np.repeat(grey_HW[:, :, None], 3, axis=2)
+    elif image.mode in ("I", "F"):
+        raise ValueError("pixels of 32 bits, whose range is not known: save it with 8 or 16 bits")
+    else:
+        pixels_HWC = np.array(image if image.mode == "RGB" else image.convert("RGB"))
     return torch.from_numpy(pixels_HWC).permute(2, 0, 1)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from psenet.errors import InputError
+from psenet.errors import InputError, first_line
 
 _MAX_LISTED = 10
 _TRUSTED = ("timm", "torchvision", "psenet.models")
@@ -63,21 +63,27 @@ def build_model(
     return model
 
 
-def check_trusted(spec: str, named: str | None, what: str) -> None:
+def is_trusted(spec: str) -> bool:
+    """Return whether a model is of a module that may be imported without the user's naming it."""
+    return spec.partition(":")[0] in _TRUSTED
+
+
+def check_trusted(spec: str, named: str | None, what: str, *, option: str = "--factory") -> None:
     """Make sure that a module is imported only if the user names it.
 
     Args:
-        spec: The model as a file in a run directory says.
+        spec: The model as a recipe or a run directory says.
         named: The model as the user says, if at all.
-        what: What holds the file, for the message.
+        what: What holds the model's name, for the message.
+        option: What the user names a model with.
 
     Raises:
         InputError: The model is a factory that the user did not name.
     """
-    if spec.partition(":")[0] not in _TRUSTED and spec != named:
+    if not is_trusted(spec) and spec != named:
         raise InputError(
             f"{what} is of {spec!r}, which its recipe alone is not trusted to import; name it, if you trust "
-            f"it: --factory {spec}"
+            f"it: {option} {spec}"
         )
 
 
@@ -140,7 +146,7 @@ def _build_from_factory(module_name: str, name: str, num_classes: int, in_channe
         # The factory is the user's code and may raise anything; the cause stays chained.
         try:
             model = factory(**arguments)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             given = ", ".join(f"{key}={value}" for key, value in arguments.items())
             raise InputError(f"{spec}({given}) raised {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
@@ -149,17 +155,20 @@ def _build_from_factory(module_name: str, name: str, num_classes: int, in_channe
 
 
 def _find_factory(module_name: str, name: str) -> Callable[..., object]:
+    if not all(part.isidentifier() for part in module_name.split(".")):
+        raise InputError(f"a model is timm:NAME, torchvision:NAME or my.module:factory; {module_name!r} is no module")
     # Importing runs the user's code, which may raise anything; the cause stays chained.
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is not None and (module_name == error.name or module_name.startswith(f"{error.name}.")):
+            hint = ", without .py" if module_name.endswith(".py") else ""
             raise InputError(
                 f"no module {module_name!r} in the current directory or the environment; "
-                "a model is timm:NAME, torchvision:NAME or my.module:factory"
+                f"a model is timm:NAME, torchvision:NAME or my.module:factory{hint}"
             ) from error
         raise InputError(f"importing {module_name} needs the package {error.name!r}, which is not installed") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"importing {module_name} raised {type(error).__name__}: {error}") from error
     factory = getattr(module, name, None)
     if factory is None:
@@ -210,11 +219,15 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         for name, tensor in wanted.items()
         if name in state and state[name].shape != tensor.shape
     ]
-    problems = [
-        f"{title}: {_listed(items)}"
-        for title, items in (("missing", missing), ("not in the model", unexpected), ("other shape", shapes))
-        if items
+    rounded = [
+        f"{name} is {state[name].dtype}, the model has {tensor.dtype}"
+        for name, tensor in wanted.items()
+        if name in state and tensor.is_floating_point() and not state[name].is_floating_point()
     ]
+    infinite = [name for name, tensor in state.items() if name in wanted and not torch.isfinite(tensor).all()]
+    found = {"missing": missing, "not in the model": unexpected, "other shape": shapes, "other type": rounded}
+    found["NaN or infinite"] = infinite
+    problems = [f"{title}: {_listed(items)}" for title, items in found.items() if items]
     if problems:
         raise InputError(f"the weights in {path} do not fit the model. {'. '.join(problems)}")
     model.load_state_dict({**wanted, **state})
@@ -231,7 +244,13 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
     try:
         state = load_state_dict(str(path), weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, AttributeError) as error:
-        raise InputError(f"the weights file {path} cannot be read as tensors only: {error}") from error
+        # torch's own words, and timm's, advise to unpickle it all the same.
+        holds_objects = isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error)
+        reason = "it is damaged, or holds objects, which are never unpickled" if holds_objects else first_line(error)
+        raise InputError(
+            f"the weights file {path} cannot be read as tensors only: {reason}; a state dict is wanted: "
+            "torch.save(model.state_dict(), FILE)"
+        ) from error
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise InputError(f"the weights file {path} must hold a state dict: tensors by name")
     return dict(state)

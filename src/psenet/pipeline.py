@@ -158,14 +158,15 @@ def run_stage(run: Run, name: str) -> None:
 
 def read_result(run: Run) -> PruneResult:
     """Return what a finished run found: test data is not used again, and nothing is measured anew."""
-    record, folder = read_json(run.folder.path / _RESULT), run.folder.path / "model"
-    return PruneResult(
-        model=load(folder, lambda: copy.deepcopy(run.model)).eval(),
-        widths=Widths(record["widths"]),
-        space=run.space,
-        record=record,
-        export=ExportReport.from_dict(record["export"], folder),
-    )
+    path, folder = run.folder.path / _RESULT, run.folder.path / "model"
+    remedy = "delete it, and --resume tests and exports again"
+    record = read_json(path, remedy=remedy)
+    model = load(folder, lambda: copy.deepcopy(run.model)).eval()
+    try:
+        widths, export = Widths(record["widths"]), ExportReport.from_dict(record["export"], folder)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path} is damaged; {remedy}: {first_line(error)}") from error
+    return PruneResult(model=model, widths=widths, space=run.space, record=record, export=export)
 
 
 # The stages -----------------------------------------------------------------------------------------------------------

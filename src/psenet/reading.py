@@ -92,6 +92,7 @@ def trace(
         )
     space = build(broken)
     if not space.groups:
+        _check_finite(model)
         reasons = "; ".join(f"{frozen.layer}: {frozen.reason}" for frozen in space.frozen[:8])
         raise InputError(f"this model has no width that could vary. What froze it: {reasons or 'it has no layers'}")
     return space
@@ -151,6 +152,15 @@ def read(model: nn.Module, example_input: Inputs, *, opaque: Sequence[str] = ())
             reading.shapes[alias] = reading.shapes[same_tensor[alias]]
     reading.params = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     return reading
+
+
+def _check_finite(model: nn.Module) -> None:
+    broken = [name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all()]
+    if broken:
+        raise InputError(
+            f"the model's weights must be finite; these hold NaN or infinity: {', '.join(broken[:8])}"
+            + f" and {len(broken) - 8} more" * (len(broken) > 8)
+        )
 
 
 def _check_can_be_copied(model: nn.Module) -> None:

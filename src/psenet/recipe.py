@@ -8,7 +8,7 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from psenet.budget import Budget
 from psenet.config import PruneConfig
@@ -16,6 +16,9 @@ from psenet.errors import InputError
 from psenet.report.money import ReturnFigures
 from psenet.report.text import Language
 from psenet.yaml_text import Document, Key, read_yaml
+
+_MOST = 2**31 - 1
+"""Of what counts images or pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +55,12 @@ class DataChoice:
     def __post_init__(self) -> None:
         least = {"image_size": 8, "batch_size": 2, "max_train_images": 1}
         problems = [
-            f"{name} must be at least {least[name]}; got {value}"
+            f"{name} must be at least {least[name]} and at most {_MOST}; got {value}"
             for name in least
-            if (value := getattr(self, name)) is not None and value < least[name]
+            if (value := getattr(self, name)) is not None and not least[name] <= value <= _MOST
         ]
+        if not self.source.strip():
+            problems.append(f"source must name the data: `digits`, a folder or a data set; got {self.source!r}")
         if problems:
             raise InputError("; ".join(problems))
 
@@ -176,11 +181,14 @@ class _Places:
             line = self.lines.get(key[:length])
             if line is not None:
                 return f"{self.path}:{line}: "
+        inside = [override for override in self.overrides if override.key[: len(key)] == key]
+        if inside:
+            return f"{inside[-1].option}: "
         return "" if self.path is None else f"{self.path}: "
 
 
 def _checked(values: Mapping[str, Any], places: _Places) -> Recipe:
-    problems = list(_unknown(values, places))
+    problems = [*_unknown(values, places), *_numbers_that_are_none(values, places)]
     parts: dict[str, Any] = {}
     for name, kind in SECTIONS.items():
         given = values.get(name)
@@ -208,6 +216,21 @@ def _unknown(values: Mapping[str, Any], places: _Places) -> Iterator[str]:
                     yield f"{places((name, str(inner)))}there is no {inner!r} in {name!r}{_meant(str(inner), known)}"
 
 
+def _numbers_that_are_none(values: Mapping[str, Any], places: _Places) -> Iterator[str]:
+    """Yield a message for every `true` or `false` in a number's place, where Python would read it as 1 or 0."""
+    kinds = _kinds()
+    for name, value in values.items():
+        if name not in kinds:
+            continue
+        section, hints = (value, get_type_hints(kinds[name])) if is_dataclass(kinds[name]) else ({name: value}, kinds)
+        prefix: Key = (name,) if is_dataclass(kinds[name]) else ()
+        for part, inner in section.items() if isinstance(section, Mapping) else ():
+            expected = hints.get(part)
+            if isinstance(inner, bool) and {int, float} & {expected, *get_args(expected)}:
+                key = (*prefix, str(part))
+                yield f"{places(key)}{'.'.join(key)}: must be a number; got {str(inner).lower()}"
+
+
 def _meant(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
     everywhere = [".".join(key) for key in _keys() if key[-1] == name]
     close = everywhere or difflib.get_close_matches(str(name), list(known), n=3)
@@ -222,10 +245,11 @@ def _valid(name: str, kind: type, values: Any, places: _Places, problems: list[s
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
+        told: dict[Key, list[Any]] = {}
         for found in error.errors(include_url=False):
             key = (*prefix, *(str(part) for part in found["loc"] if not isinstance(part, int)))
-            key = _shortest_known(key)
-            problems.append(f"{places(key)}{_said(key, found)}")
+            told.setdefault(_shortest_known(key), []).append(found)
+        problems += [f"{places(key)}{_said(key, found)}" for key, found in told.items()]
         return None
 
 
@@ -238,9 +262,11 @@ _OURS = {
 """What pydantic says in Python's words, by its type of error."""
 
 
-def _said(key: Key, found: Any) -> str:
-    """Return what is wrong with a value, in our words."""
-    where = ".".join(key)
+def _said(key: Key, errors: Sequence[Any]) -> str:
+    """Return what is wrong with a value, in our words; what may be a number or a text has an error for each."""
+    where, found = ".".join(key), errors[0]
+    if len(errors) > 1:
+        return f"{where}: must be a finite number or a text such as 50%; got {found['input']!r}"
     if found["type"] == "missing":
         return f"{where} must be given"
     message: str = _OURS.get(found["type"]) or found["msg"].removeprefix("Value error, ")

@@ -68,6 +68,7 @@ class RunDirectory:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Add the time spent inside to a stage, also when it is interrupted."""
+        self._stages()  # what is damaged is said before the work
         start = time.perf_counter()
         try:
             yield
@@ -79,15 +80,13 @@ class RunDirectory:
 
     def take_seconds(self, source: Path, names: Sequence[str]) -> None:
         """Take over what another run has spent in some stages, where this one has spent nothing."""
-        path = source / "stages.json"
-        spent, stages = read_json(path) if path.exists() else {}, self._stages()
+        spent, stages = _read_stages(source / "stages.json"), self._stages()
         missing = {name: spent[name] for name in names if name in spent and name not in stages}
         if missing:
             write_json(self.file("stages.json"), {**stages, **missing})
 
     def _stages(self) -> dict[str, dict[str, float]]:
-        path = self.path / "stages.json"
-        return read_json(path) if path.exists() else {}
+        return _read_stages(self.path / "stages.json")
 
     def save_weights(self, name: str, module: "nn.Module") -> None:
         """Write a module's state as a stage's result."""
@@ -108,16 +107,39 @@ class RunDirectory:
             raise InputError(f"{path} is of another model ({error}): {advice}") from error
 
 
+def _read_stages(path: Path) -> dict[str, dict[str, float]]:
+    """Return what the stages of a run have taken; nothing if there is no file.
+
+    Raises:
+        InputError: The file is damaged.
+    """
+    remedy = "delete it: it holds nothing but the time that each stage took"
+    stages = read_json(path, remedy=remedy) if path.exists() else {}
+    if not isinstance(stages, dict) or not all(_is_time(record) for record in stages.values()):
+        raise InputError(f"{path} is damaged; {remedy}")
+    return stages
+
+
+def _is_time(record: object) -> bool:
+    return isinstance(record, dict) and isinstance(record.get("seconds"), int | float)
+
+
 def check_folder(path: Path, recipe: Mapping[str, Any], *, resume: bool) -> None:
     """Make sure that a run can start in a folder or go on there; nothing is written.
 
     Raises:
         InputError: It holds another run or other files, or is a file.
     """
+    try:
+        is_empty = not path.exists() or not path.is_dir() or not any(path.iterdir())
+    except OSError as error:
+        raise InputError(
+            f"the output folder {path} cannot be written: {error.strerror or error}; give another path"
+        ) from error
     if path.exists() and not path.is_dir():
         raise InputError(f"the output folder {path} is a file; give another path")
     if not (path / "recipe.json").exists():
-        if path.exists() and any(path.iterdir()):
+        if not is_empty:
             raise InputError(f"the output folder {path} holds files that are not of a psenet run; give an empty one")
         return
     if not resume:
@@ -156,13 +178,18 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, write)
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, *, remedy: str = "") -> Any:
     """Read JSON.
+
+    Args:
+        path: The file.
+        remedy: What to do where it is damaged, for the message.
 
     Raises:
         InputError: The file cannot be read as JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        advice = f"; {remedy}" if remedy else ""
+        raise InputError(f"{path} cannot be read as JSON: {error}{advice}") from error

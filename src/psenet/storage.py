@@ -7,14 +7,14 @@ SQLite both could: each adds a trial of its own, and the one with the lower numb
 
 import json
 import os
-import re
 import socket
 import time
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from psenet.errors import InputError
+from psenet.errors import InputError, first_line
+from psenet.masking import told_without, without_password
 from psenet.space import WidthSpace
 
 if TYPE_CHECKING:
@@ -77,17 +77,25 @@ def open_storage(storage: str | os.PathLike[str] | None) -> "BaseStorage | None"
 
     if storage is None:
         return None
-    try:
-        if isinstance(storage, str) and "://" in storage:
+    if isinstance(storage, str) and "://" in storage:
+        try:
             return _open_database(storage)
-        path = Path(storage)
+        except (OSError, ValueError, ImportError, KeyError, sqlalchemy.exc.SQLAlchemyError) as error:
+            # Not chained: a traceback would show the URL with its password.
+            raise InputError(
+                f"the storage {without_password(storage)!r} cannot be opened; give a file path or a URL such as "
+                f"sqlite:///study.db: {told_without(storage, error)}"
+            ) from None
+    path = Path(storage)
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _mend_journal(path)
         return JournalStorage(JournalFileBackend(str(path)))
-    except (OSError, ValueError, ImportError, KeyError, sqlalchemy.exc.SQLAlchemyError) as error:
+    # What optuna raises at records that it did not write.
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
         raise InputError(
-            f"the storage {without_password(storage)!r} cannot be opened; "
-            f"give a file path or a URL such as sqlite:///study.db: {error}"
+            f"the storage {str(storage)!r} cannot be opened ({first_line(error)}): give another path, or delete it to "
+            "start its study again"
         ) from error
 
 
@@ -123,7 +131,10 @@ def _mend_journal(path: Path) -> None:
         content = path.read_bytes()
         whole, newline, rest = content.rpartition(b"\n")
         for number, line in enumerate(whole.split(b"\n") if newline else [], start=1):
-            record = json.loads(line)
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
             if not isinstance(record, dict) or "op_code" not in record:
                 raise ValueError(f"line {number} is no record of an Optuna journal")
         start = b'{"op_code"'
@@ -133,11 +144,6 @@ def _mend_journal(path: Path) -> None:
             os.truncate(path, len(content) - len(rest))
     finally:
         lock.release()
-
-
-def without_password(storage: str | os.PathLike[str] | None) -> str:
-    """Return a storage's path or URL for a message."""
-    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", str(storage))
 
 
 def put_back_orphans(study: "Study") -> None:

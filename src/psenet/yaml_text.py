@@ -16,8 +16,8 @@ from psenet.errors import InputError
 Key = tuple[str, ...]
 """Where a value stands: the names that lead to it."""
 
-_MAX_BYTES = 1_000_000
-"""A recipe is a page of text; anything longer is something else."""
+_MAX_BYTES, _MAX_VALUES = 1_000_000, 10_000
+"""A recipe is a page of text; anything longer is something else, also if only its aliases make it long."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -56,7 +56,10 @@ def read_yaml(path: Path) -> Document:
         raise InputError(f"{path} must be text in UTF-8: {error}") from error
     try:
         node = yaml.compose(text, Loader=_Loader)
+        _check_size(node, path)
         values = yaml.load(text, Loader=_Loader)  # noqa: S506 - a safe loader
+    except RecursionError as error:
+        raise InputError(f"{path}: must be a page of YAML; its values are nested too deeply") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark is not None else str(path)
@@ -81,14 +84,35 @@ def read_scalar(text: str) -> Any:
     """
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a safe loader
-    except yaml.YAMLError as error:
-        raise InputError(f"{text!r} is no YAML value: {getattr(error, 'problem', None) or error}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise InputError(f"{text[:100]!r} is no YAML value: {getattr(error, 'problem', None) or error}") from error
+
+
+def _check_size(root: yaml.Node | None, path: Path) -> None:
+    """Make sure that a document stays a page when its aliases are put in.
+
+    Raises:
+        InputError: They multiply it, or a value contains itself.
+    """
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node, above: tuple[int, ...]) -> int:
+        if id(node) in above:
+            raise InputError(f"{path}:{node.start_mark.line + 1}: a value contains itself; write it without alias")
+        if id(node) not in sizes:
+            parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+            inner = [one for part in parts for one in (part if isinstance(part, tuple) else (part,))]
+            sizes[id(node)] = 1 + sum(size(one, (*above, id(node))) for one in inner)
+        return sizes[id(node)]
+
+    if root is not None and size(root, ()) > _MAX_VALUES:
+        raise InputError(f"{path} must be a page of YAML; with its aliases it has {size(root, ()):,} values")
 
 
 def _walk(node: yaml.MappingNode, parent: Key, lines: dict[Key, int], twice: list[str]) -> None:
     for key_node, value_node in node.value:
         key, line = (*parent, str(key_node.value)), key_node.start_mark.line + 1
-        if key in lines and lines[key] != line:
+        if key in lines:
             twice.append(f"line {line}: {'.'.join(key)} is already given in line {lines[key]}")
         lines[key] = line
         if isinstance(value_node, yaml.MappingNode):

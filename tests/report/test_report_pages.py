@@ -223,3 +223,33 @@ def test_a_page_without_charts_carries_no_library(run: Path):
     for name in ("evaluated", "curves", "prior"):
         (run / f"stages/{name}.json").unlink()
     assert write_report(run)[0].stat().st_size < 60_000
+
+
+def _marked(value: Any) -> Any:
+    """Return JSON in which every text but the keys of objects that are read by name is markup."""
+    if isinstance(value, dict):
+        return {name: _marked(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_marked(inner) for inner in value]
+    return f"<script>alert(1)</script>{value}" if isinstance(value, str) else value
+
+
+@pytest.mark.parametrize("language", ["en", "ja"])
+def test_markup_in_any_text_of_a_run_is_shown_as_text(language: str, run: Path):
+    for path in [*run.glob("*.json"), *run.glob("stages/*.json")]:
+        path.write_text(json.dumps(_marked(json.loads(path.read_text()))), encoding="utf-8")
+    html, markdown = write_report(run, language=language, figures=ReturnFigures(currency="<script>alert(1)</script>"))
+    assert "<script>alert(1)" not in html.read_text()
+    assert not re.search(r"(?<!\\)<script", markdown.read_text())
+    assert "<script>alert(1)</script>my.nets:colours" in Page(html).text
+
+
+@pytest.mark.parametrize("language", ["en", "ja"])
+def test_a_page_names_nothing_on_the_network_to_be_loaded(language: str, finished_run: Path, tmp_path: Path):
+    page = write_report(hostile_copy(finished_run, tmp_path), language=language, figures=FIGURES)[0].read_text()
+    # The charts' library holds addresses of maps, as texts, that the page's policy forbids; all else holds none.
+    own = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
+    assert not re.findall(r"https?://|url\(|@import|<iframe|<object|<embed|<base", own)
+    policy = re.findall(r'Content-Security-Policy" content="([^"]*)"', page)
+    assert len(policy) == 1 and policy[0].startswith("default-src &#39;none&#39;")
+    assert "http" not in policy[0] and "*" not in policy[0]

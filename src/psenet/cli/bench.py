@@ -38,11 +38,14 @@ def bench(
     from rich.console import Console
 
     from psenet.errors import InputError
+    from psenet.files import check_can_be_written
     from psenet.latency import measure_latency
     from psenet.result import hardware, versions
     from psenet.rundir import write_json
     from psenet.runners import Runner
 
+    if out is not None:
+        check_can_be_written(out)
     runners = [
         Runner(engine=name, device=device, num_threads=threads, batch_size=size)
         for name in dict.fromkeys(engine or ["eager"])

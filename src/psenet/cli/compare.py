@@ -49,11 +49,14 @@ def compare(
     from psenet.comparison import draw_samples, verdict
     from psenet.contest import answers_of, compared, nets_of, open_runs
     from psenet.errors import InputError
+    from psenet.files import check_can_be_written
     from psenet.heldout import SPLITS, load_held_out
 
     console = Console(markup=False, emoji=False)
     if split not in SPLITS:
         raise InputError(f"--split must be validation or test; got {split!r}")
+    if out is not None:
+        check_can_be_written(out)
     opened = open_runs(runs, factory)
     held_out = load_held_out(
         opened,

@@ -26,10 +26,12 @@ def init(
     """
     from psenet.cli.opening import make_console, read_overrides
     from psenet.errors import InputError
-    from psenet.files import write_bytes
+    from psenet.files import check_can_be_written, write_bytes
+    from psenet.models import is_trusted
     from psenet.recipe import Override, read_recipe
     from psenet.recipe_text import commented_text
 
+    check_can_be_written(path)
     if path.exists() and not force:
         raise InputError(f"{path} is there already; give another name, or --force to write over it")
     budget = {"macs": macs, "params": params, "memory": memory, "latency_ms": latency_ms}
@@ -41,10 +43,12 @@ def init(
         *(Override(("budget", name), value, f"--{name.replace('_', '-')}") for name, value in budget.items()),
         *read_overrides(settings or ()),
     ]
-    write_bytes(path, commented_text(read_recipe(template=template, overrides=overrides)).encode())
+    chosen = read_recipe(template=template, overrides=overrides)
+    write_bytes(path, commented_text(chosen).encode())
+    # A recipe may be a stranger's, so that a factory must be named by whoever runs it.
+    again = f"psenet prune --recipe {path}" + f" --model {chosen.model.name}" * (not is_trusted(chosen.model.name))
     make_console().print(
-        f"written: {path}\nhow long it takes:  psenet prune --recipe {path} --dry-run\n"
-        f"start:              psenet prune --recipe {path} --out runs/1",
+        f"written: {path}\nhow long it takes:  {again} --dry-run\nstart:              {again} --out runs/1",
         highlight=False,
         soft_wrap=True,
     )

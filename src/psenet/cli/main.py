@@ -3,12 +3,14 @@
 import functools
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 import typer
 
 from psenet.cli import bench, compare, env, export, finetune, init, inspect, prune, report, search, train
-from psenet.errors import InputError
+from psenet.errors import InputError, one_screen
+from psenet.masking import without_passwords
 
 USER_MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130
 
@@ -54,25 +56,29 @@ def _options(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; errors become one message and an exit code.
 
-    Exit codes: 2 for what the user can mend, 1 for a failure, 130 for Ctrl-C. `psenet --debug ...` shows the traceback.
+    Exit codes: 2 for what the user can mend, 1 for a failure, 130 for Ctrl-C. `psenet --debug ...` shows the traceback
+    besides and changes nothing else.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = arguments[:1] == ["--debug"]
     try:
-        app(arguments, standalone_mode=True, obj=shlex.join(["psenet", *arguments]))
+        app(arguments, standalone_mode=True, obj=without_passwords(shlex.join(["psenet", *arguments])))
     except _StoppedError:
         print("\nstopped; what is finished is kept: the same command with --resume continues", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except InputError as error:
-        if debug:
-            raise
-        print(f"psenet: {error}", file=sys.stderr)
+        _tell(f"psenet: {one_screen(str(error))}", debug=debug)
         sys.exit(USER_MISTAKE)
     except Exception as error:  # the last stop before the terminal
-        if debug:
-            raise
-        print(f"psenet: {type(error).__name__}: {error}", file=sys.stderr)
+        _tell(f"psenet: {type(error).__name__}: {one_screen(str(error))}", debug=debug)
         if isinstance(error, OSError):
             print("psenet: what is finished is kept; once that is mended, --resume continues", file=sys.stderr)
-        print("psenet: `psenet --debug ...` shows where it came from", file=sys.stderr)
+        if not debug:
+            print("psenet: `psenet --debug ...` shows where it came from", file=sys.stderr)
         sys.exit(FAILURE)
+
+
+def _tell(message: str, *, debug: bool) -> None:
+    """Print the message of the exception at hand, below its traceback where that is wanted."""
+    text = f"{traceback.format_exc()}{message}" if debug else message
+    print(without_passwords(text), file=sys.stderr)

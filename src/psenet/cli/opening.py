@@ -79,6 +79,7 @@ def make_job(recipe: "Recipe", place: Place, console: "Console") -> "Job":
 
     from psenet.data import load_data
     from psenet.logs import check_tensorboard
+    from psenet.masking import without_passwords
     from psenet.models import build_model
     from psenet.stages.start import Job
 
@@ -86,7 +87,7 @@ def make_job(recipe: "Recipe", place: Place, console: "Console") -> "Job":
     if recipe.settings.tensorboard:
         check_tensorboard()  # before any time is spent on loading
     chosen, seed = recipe.data, recipe.settings.seed
-    console.print(f"loading {chosen.source}", highlight=False)
+    console.print(f"loading {without_passwords(chosen.source)}", highlight=False)
     splits = load_data(
         chosen.source,
         image_size=chosen.image_size,
@@ -153,13 +154,15 @@ def check_files(recipe: "Recipe") -> None:
     Raises:
         InputError: Some are not; all are named.
     """
+    import os
+
     from psenet.errors import InputError
 
     problems = []
     if recipe.model.weights is not None and not Path(recipe.model.weights).is_file():
         problems.append(f"there is no weights file {recipe.model.weights}")
     source = recipe.data.source
-    if source.startswith(("/", "~", ".")) and not Path(source).expanduser().is_dir():
+    if source.startswith(("/", "~", ".")) and not Path(os.path.expanduser(source)).is_dir():
         problems.append(f"there is no data folder {source!r}")
     if problems:
         raise InputError("; ".join(problems))
@@ -201,7 +204,34 @@ def keep_recipe(recipe: "Recipe", path: Path) -> None:
         write_bytes(path, plain_text(recipe).encode())
 
 
-def read_kept_recipe(run: Path, factory: str | None, overrides: "Sequence[Override]" = ()) -> "Recipe":
+def read_given_recipe(
+    path: Path | None, template: str | None, overrides: "Sequence[Override]", named: str | None, option: str
+) -> "Recipe":
+    """Return the recipe that a file, a template and the command line make together.
+
+    Args:
+        path: The file, if any.
+        template: The template, if any.
+        overrides: What the command line says.
+        named: The model's `my.module:factory`, as the user names it; a file, perhaps a stranger's, is not trusted to
+            import one.
+        option: The option that names it.
+
+    Raises:
+        InputError: The recipe cannot be used, or its model must be named.
+    """
+    from psenet.models import check_trusted
+    from psenet.recipe import read_recipe
+
+    recipe = read_recipe(path, template=template, overrides=overrides)
+    if not any(override.key == ("model", "name") for override in overrides):
+        check_trusted(recipe.model.name, named, f"the recipe {path}", option=option)
+    return recipe
+
+
+def read_kept_recipe(
+    run: Path, factory: str | None, overrides: "Sequence[Override]" = (), *, option: str = "--factory"
+) -> "Recipe":
     """Return the recipe of a run of the command line, with other values where asked.
 
     Args:
@@ -209,6 +239,7 @@ def read_kept_recipe(run: Path, factory: str | None, overrides: "Sequence[Overri
         factory: The model's `my.module:factory`, as the user names it; a recipe in a folder, perhaps a stranger's, is
             not trusted to import one.
         overrides: What is to be different.
+        option: The option that names the factory.
 
     Raises:
         InputError: There is no such run, it was started from Python, or its model must be named.
@@ -225,7 +256,7 @@ def read_kept_recipe(run: Path, factory: str | None, overrides: "Sequence[Overri
             "resume=True"
         )
     recipe = read_recipe(run / RECIPE, overrides=overrides)
-    check_trusted(recipe.model.name, factory, f"the run in {run}")
+    check_trusted(recipe.model.name, factory, f"the run in {run}", option=option)
     return recipe
 
 

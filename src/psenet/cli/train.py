@@ -14,17 +14,16 @@ def train(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Any value of a new run's recipe: data.source=photos; repeatable.")
     ] = None,
-    factory: Annotated[str | None, typer.Option(help="Of a run of a factory of yours: its name, to import it.")] = None,
+    factory: Annotated[str | None, typer.Option(help="Of a model from a factory of yours: its name.")] = None,
     data_workers: Annotated[int, typer.Option(min=0, help="Processes that load data.")] = 0,
 ) -> None:
     """Train the baseline and the supernet of a run, or go on with that.
 
     Example: psenet train runs/x --recipe recipe.yaml
     """
-    from psenet.cli.opening import Place, continue_run, make_console, open_run, read_overrides
+    from psenet.cli.opening import Place, continue_run, make_console, open_run, read_given_recipe, read_overrides
     from psenet.errors import InputError
     from psenet.pipeline import run_stage
-    from psenet.recipe import read_recipe
 
     asked = recipe is not None or template is not None or settings
     if (run / "recipe.json").is_file():
@@ -36,6 +35,6 @@ def train(
         return
     if not asked:
         raise InputError(f"there is no run in {run}; start one: psenet train {run} --recipe FILE")
-    chosen = read_recipe(recipe, template=template, overrides=read_overrides(settings or ()))
+    chosen = read_given_recipe(recipe, template, read_overrides(settings or ()), factory, "--factory")
     place = Place(out=run, command=context.obj, data_workers=data_workers)
     run_stage(open_run(chosen, place, make_console()), "train")

@@ -85,7 +85,7 @@ def read_search(run: Run) -> Search:
         InputError: Its file is missing or damaged.
     """
     path = run.folder.file(SEARCHED)
-    content = read_json(path)
+    content = read_json(path, remedy="delete it and resume to search again")
     try:
         widths, limits = Widths(content["widths"]), Limits(**content["limits"])
         run.space.check(widths)

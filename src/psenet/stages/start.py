@@ -102,6 +102,10 @@ def start_run(
     for name, loader in job.loaders.items():
         if loader is not None and len(loader) == 0:
             raise InputError(f"the {name} loader has no batches")
+    if not any(parameter.requires_grad for parameter in job.model.parameters()):
+        raise InputError(
+            "the model must have parameters to train; all of its have requires_grad=False: call requires_grad_(True)"
+        )
     space = trace(
         job.model,
         job.example_input,

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import nn
 
 from psenet.devices import on_device
-from psenet.errors import InputError
+from psenet.errors import InputError, first_line
 from psenet.rundir import read_json, write_json
 from psenet.stages.run import Run
 from psenet.supernet import Supernet
@@ -41,8 +42,7 @@ def verify_ranking(run: Run, num_subnets: int) -> Mapping[str, Any]:
         raise InputError(f"a ranking needs at least {_LEAST} subnets to be verified; got {num_subnets}")
     chosen = _spread(_candidates(run), num_subnets)
     path = run.folder.file(RANKING)
-    before = read_json(path)["subnets"] if path.exists() else []
-    alone = {Widths(one["widths"]): one["accuracy_alone"] for one in before}
+    alone = _trained_before(path)
     done: list[dict[str, Any]] = []
     for number, one in enumerate(chosen, 1):
         widths = Widths(one["widths"])
@@ -57,6 +57,22 @@ def verify_ranking(run: Run, num_subnets: int) -> Mapping[str, Any]:
         f"{record['tau']:.2f}, of MACs {record['by_macs_tau']:.2f}"
     )
     return record
+
+
+def _trained_before(path: Path) -> dict[Widths, float]:
+    """Return the accuracies that an interrupted verification has kept.
+
+    Raises:
+        InputError: Its file is damaged.
+    """
+    if not path.exists():
+        return {}
+    remedy = "delete it to train its subnets again"
+    content = read_json(path, remedy=remedy)
+    try:
+        return {Widths(one["widths"]): float(one["accuracy_alone"]) for one in content["subnets"]}
+    except (LookupError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is damaged; {remedy}: {first_line(error)}") from error
 
 
 def _record(done: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -74,7 +90,16 @@ def _candidates(run: Run) -> list[dict[str, Any]]:
     path = run.folder.path / "stages/evaluated.json"
     if not path.exists():
         raise InputError(f"the run in {run.folder.path} has no scored candidates: finish its search first")
-    return read_json(path)["candidates"]
+    remedy = "delete it, with stages/search.json, and search again"
+    content = read_json(path, remedy=remedy)
+    candidates = content.get("candidates") if isinstance(content, dict) else None
+    if not (isinstance(candidates, list) and candidates and all(_is_candidate(one) for one in candidates)):
+        raise InputError(f"{path} must hold the candidates that a search has scored; {remedy}")
+    return candidates
+
+
+def _is_candidate(one: object) -> bool:
+    return isinstance(one, dict) and one.keys() >= {"widths", "score", "macs"}
 
 
 def _spread(candidates: Sequence[dict[str, Any]], num: int) -> list[dict[str, Any]]:

@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from psenet.cost import LinearForm, PeakCost, ProductCost
 from psenet.space import ChannelGroup, ConstantListPlan, ConstantPlan, Frozen, MaskPlan, SpaceCosts, WidthSpace, Wiring
@@ -268,6 +266,10 @@ def _note(neighbour: np.ndarray, labels: np.ndarray, seen: np.ndarray) -> None:
 
 def _classes(reading: Reading) -> np.ndarray:
     """Return the class of every id, shape (ids + 1,); the extra last one is the class of NO_CHANNEL."""
+    # Here and not above: scipy and numpy's extras cost a tenth of what `import psenet` may take.
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     size = reading.num_ids + 1
     a = np.concatenate([np.zeros(0, np.int64), *(pair[0].reshape(-1) for pair in reading.ties)])
     b = np.concatenate([np.zeros(0, np.int64), *(pair[1].reshape(-1) for pair in reading.ties)])

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.flop_counter import FlopCounterMode
 
 from psenet.errors import InputError
 from psenet.inputs import Inputs, as_arguments, map_tensors, num_samples, tensors_in
@@ -108,6 +107,8 @@ def opaque_modules(model: nn.Module, paths: Sequence[str], inputs: Inputs) -> It
 
 def _record(model: nn.Module, item: _Opaque, inputs: Inputs) -> None:
     """Run the model once and note what the module gives."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton where it is installed
+
     module = model.get_submodule(item.path)
     counter = FlopCounterMode(display=False)
 

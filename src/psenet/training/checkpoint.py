@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 import torch
 from torch import nn
 
-from psenet.errors import InputError
+from psenet.errors import InputError, first_line
 from psenet.files import write_atomically
 from psenet.training.config import TrainConfig
 from psenet.training.feed import Feed, random_state, set_random_state
@@ -127,7 +127,18 @@ class Checkpoint:
         state = self._read()
         if state is None:
             return Position()
-        self._check_same(state)
+        try:
+            self._check_same(state)
+            return self._take(state)
+        except InputError:
+            raise
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            names = " and ".join(map(str, self._there()))
+            raise InputError(
+                f"{self._there()[0]} is damaged: {first_line(error)}; delete {names} to start this stage again"
+            ) from error
+
+    def _take(self, state: Mapping[str, Any]) -> Position:
         for name, part in self._parts.items():
             part.load_state_dict(state[name])
         for name, extra in self._extras.items():
@@ -206,9 +217,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         *(OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AssertionError),
         *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error),
     ) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        # torch's own words advise to unpickle it all the same.
+        holds_objects = isinstance(error, pickle.UnpicklingError)
+        reason = "it is damaged, or holds objects, which are never unpickled" if holds_objects else first_line(error)
         raise InputError(
-            f"{path} cannot be read as a checkpoint; delete it to start this stage again: {first_line}"
+            f"{path} cannot be read as a checkpoint; delete it to start this stage again: {reason}"
         ) from error
 
 

@@ -1,5 +1,6 @@
 """The settings of one training: baseline, supernet or fine-tuning."""
 
+import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -39,13 +40,13 @@ class TrainConfig:
             for name, holds, what in (
                 ("epochs", _is_count(self.epochs), "an integer of at least 0"),
                 ("optimizer", self.optimizer in ("sgd", "adamw"), "'sgd' or 'adamw'"),
-                ("learning_rate", self.learning_rate > 0, "above 0"),
-                ("weight_decay", self.weight_decay >= 0, "at least 0"),
+                ("learning_rate", 0 < self.learning_rate < math.inf, "above 0 and finite"),
+                ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0 and finite"),
                 ("momentum", 0 <= self.momentum < 1, "at least 0 and below 1"),
                 ("warmup_ratio", 0 <= self.warmup_ratio < 1, "at least 0 and below 1"),
                 ("label_smoothing", 0 <= self.label_smoothing < 1, "at least 0 and below 1"),
                 ("distill_weight", 0 <= self.distill_weight <= 1, "between 0 and 1"),
-                ("distill_temperature", self.distill_temperature > 0, "above 0"),
+                ("distill_temperature", 0 < self.distill_temperature < math.inf, "above 0 and finite"),
                 ("mixed_precision", self.mixed_precision in ("no", "fp16", "bf16"), "'no', 'fp16' or 'bf16'"),
                 ("checkpoint_steps", _is_count(self.checkpoint_steps, 1), "an integer of at least 1"),
             )

@@ -52,13 +52,13 @@ class Curves:
         """
         if not self._path.exists():
             return {}
-        content = read_json(self._path)
+        remedy = "delete it, and training goes on without the epochs in it"
+        content = read_json(self._path, remedy=remedy)
         try:
             return {name: [_record_of(epoch) for epoch in epochs] for name, epochs in content.items()}
         except (AttributeError, TypeError, KeyError, ValueError) as error:
             raise InputError(
-                f"{self._path} is no record of training curves ({type(error).__name__}: {error}); "
-                "delete it, and training goes on without the epochs in it"
+                f"{self._path} is no record of training curves ({type(error).__name__}: {error}); {remedy}"
             ) from error
 
     def recorder(self, training: str) -> Recorder:
