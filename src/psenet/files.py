@@ -40,7 +40,7 @@ def write_atomically(
         os.replace(beside, target)
     except BaseException as error:
         os.unlink(beside)
-        if isinstance(error, OSError) and error.filename is None:
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
             error.filename = os.fspath(target)
         raise
     _sync_folder(target.parent)
