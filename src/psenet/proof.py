@@ -51,7 +51,7 @@ def broken_groups(
     def prove(some: Sequence[str]) -> None:
         rest = {name: reason for name, reason in reasons.items() if name not in some}
         space = build(rest)
-        subnets = [space.smallest(), space.sample(rng), _staggered(space)]
+        subnets = [space.smallest(), space.sample(rng), _staggered(space), _alternating(space)]
         failure = _failure(lively, space, example, subnets)
         if failure is None and also_in_training:
             failure = _failure_in_training(lively, space, example, subnets)
@@ -77,6 +77,14 @@ def _staggered(space: WidthSpace) -> Widths:
         number = seen[group.choices] = seen.get(group.choices, -1) + 1
         widths[group.name] = group.choices[number % len(group.choices)]
     return Widths(widths)
+
+
+def _alternating(space: WidthSpace) -> Widths:
+    """Return every second group at its full width, the others at their smallest.
+
+    In code a size may be a fraction of neighbouring groups together, which is right where all keep the same share.
+    """
+    return Widths({group.name: group.choices[-(number % 2)] for number, group in enumerate(space.groups)})
 
 
 def _failure(model: nn.Module, space: WidthSpace, example: Inputs, subnets: Sequence[Widths]) -> str | None:

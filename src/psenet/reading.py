@@ -4,6 +4,7 @@ import copy
 import functools
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -75,22 +76,28 @@ def trace(
         step = divisor if divisor % unit == 0 else unit * -(-divisor // unit)
         return tuple(width for width in range(step, size, step) if width / size >= min_ratio) + (size,)
 
-    built: dict[frozenset[tuple[str, str]], WidthSpace] = {}
+    def proved(reading: Reading) -> tuple[WidthSpace, dict[str, str]]:
+        built: dict[frozenset[tuple[str, str]], WidthSpace] = {}
 
-    def build(frozen_groups: dict[str, str]) -> WidthSpace:
-        frozen = {**left_out, **frozen_groups}
-        key = frozenset(frozen.items())
-        if key not in built:  # asked for again and again where nothing is broken
-            built[key] = build_space(reading, choices, frozen_groups=frozen, batch_size=num_samples(example_input))
-        return built[key]
+        def build(frozen_groups: dict[str, str]) -> WidthSpace:
+            frozen = {**left_out, **frozen_groups}
+            key = frozenset(frozen.items())
+            if key not in built:  # asked for again and again where nothing is broken
+                built[key] = build_space(reading, choices, frozen_groups=frozen, batch_size=num_samples(example_input))
+            return built[key]
 
-    left_out: dict[str, str] = {}
-    left_out = _left_out(build({}), include, exclude)
-    with eval_mode(model):
-        broken = broken_groups(
-            model, map_tensors(torch.detach, example_input), build, also_in_training=reading.trains_differently
-        )
-    space = build(broken)
+        left_out: dict[str, str] = {}
+        left_out = _left_out(build({}), include, exclude)
+        with eval_mode(model):
+            broken = broken_groups(
+                model, map_tensors(torch.detach, example_input), build, also_in_training=reading.trains_differently
+            )
+        return build(broken), broken
+
+    space, broken = proved(reading)
+    if broken and reading.fractions:
+        with_ties, _ = proved(replace(reading, ties=[*reading.ties, *reading.fractions]))
+        space = min(space, with_ties, key=lambda found: found.macs(found.smallest()))
     if not space.groups:
         reasons = "; ".join(f"{frozen.layer}: {frozen.reason}" for frozen in space.frozen[:8])
         raise InputError(f"this model has no width that could vary. What froze it: {reasons or 'it has no layers'}")
