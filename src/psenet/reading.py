@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -18,7 +18,7 @@ from psenet.slicing import narrow_module, state_of
 from psenet.space import WidthSpace
 from psenet.tracing.capture import capture, what_runs
 from psenet.tracing.facts import Reading
-from psenet.tracing.grouping import build_space
+from psenet.tracing.grouping import Choices, build_space
 from psenet.tracing.opaque import opaque_modules
 from psenet.tracing.reader import Reader
 from psenet.tracing.rules import RULES
@@ -76,27 +76,13 @@ def trace(
         step = divisor if divisor % unit == 0 else unit * -(-divisor // unit)
         return tuple(width for width in range(step, size, step) if width / size >= min_ratio) + (size,)
 
-    def proved(reading: Reading) -> tuple[WidthSpace, dict[str, str]]:
-        built: dict[frozenset[tuple[str, str]], WidthSpace] = {}
+    def left_out(space: WidthSpace) -> dict[str, str]:
+        return _left_out(space, include, exclude)
 
-        def build(frozen_groups: dict[str, str]) -> WidthSpace:
-            frozen = {**left_out, **frozen_groups}
-            key = frozenset(frozen.items())
-            if key not in built:  # asked for again and again where nothing is broken
-                built[key] = build_space(reading, choices, frozen_groups=frozen, batch_size=num_samples(example_input))
-            return built[key]
-
-        left_out: dict[str, str] = {}
-        left_out = _left_out(build({}), include, exclude)
-        with eval_mode(model):
-            broken = broken_groups(
-                model, map_tensors(torch.detach, example_input), build, also_in_training=reading.trains_differently
-            )
-        return build(broken), broken
-
-    space, broken = proved(reading)
+    space, broken = _proved(model, example_input, reading, choices, left_out)
     if broken and reading.fractions:
-        with_ties, _ = proved(replace(reading, ties=[*reading.ties, *reading.fractions]))
+        tied = replace(reading, ties=[*reading.ties, *reading.fractions])
+        with_ties, _ = _proved(model, example_input, tied, choices, left_out)
         space = min(space, with_ties, key=lambda found: found.macs(found.smallest()))
     if not space.groups:
         reasons = "; ".join(f"{frozen.layer}: {frozen.reason}" for frozen in space.frozen[:8])
@@ -158,6 +144,32 @@ def read(model: nn.Module, example_input: Inputs, *, opaque: Sequence[str] = ())
             reading.shapes[alias] = reading.shapes[same_tensor[alias]]
     reading.params = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     return reading
+
+
+def _proved(
+    model: nn.Module,
+    example_input: Inputs,
+    reading: Reading,
+    choices: Choices,
+    left_out: Callable[[WidthSpace], dict[str, str]],
+) -> tuple[WidthSpace, dict[str, str]]:
+    """Return the space of a reading without the groups that cannot be shrunk, and why they cannot, by name."""
+    never_varied: dict[str, str] = {}
+    built: dict[frozenset[tuple[str, str]], WidthSpace] = {}
+
+    def build(frozen_groups: dict[str, str]) -> WidthSpace:
+        frozen = {**never_varied, **frozen_groups}
+        key = frozenset(frozen.items())
+        if key not in built:  # asked for again and again where nothing is broken
+            built[key] = build_space(reading, choices, frozen_groups=frozen, batch_size=num_samples(example_input))
+        return built[key]
+
+    never_varied |= left_out(build({}))
+    with eval_mode(model):
+        broken = broken_groups(
+            model, map_tensors(torch.detach, example_input), build, also_in_training=reading.trains_differently
+        )
+    return build(broken), broken
 
 
 def _check_can_be_copied(model: nn.Module) -> None:
