@@ -57,7 +57,7 @@ def summary(findings: list[Finding], failures: list[str]) -> dict[str, Any]:
         "nets": len(findings) + len(failures),
         "equal": len(traced),
         "failed": [failure.partition("\n")[0] for failure in failures],
-        "refused": _count(finding.refused.partition(":")[0] for finding in findings if finding.refused),
+        "refused": _count(_refusal(finding.refused) for finding in findings if finding.refused),
         "groups": groups,
         "frozen_layers": frozen,
         "frozen_because": _count(_cause(reason) for finding in traced for reason in finding.frozen),
@@ -69,6 +69,12 @@ def summary(findings: list[Finding], failures: list[str]) -> dict[str, Any]:
 
 def _count(reasons: Iterable[str]) -> dict[str, int]:
     return dict(Counter(reasons).most_common())
+
+
+def _refusal(message: str) -> str:
+    """Return why a net is refused; where nothing can vary, what froze its first layer."""
+    what, _, layers = message.partition(". What froze it: ")
+    return f"{what}: {_cause(layers.partition(': ')[2].partition('; ')[0])}" if layers else _cause(message)
 
 
 def _cause(reason: str) -> str:
