@@ -62,17 +62,23 @@ def _gradients(module: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]
     return dict(zip(parameters, found, strict=True))
 
 
-def _assert_close(ours: torch.Tensor, expected: torch.Tensor, *, floor: float, what: str) -> None:
+def _assert_close(ours: torch.Tensor, expected: torch.Tensor, *, floor: float, what: str) -> float:
+    """Compare to 1e-9, relative to the largest number; return the relative error."""
     assert ours.shape == expected.shape, what
     error = (ours - expected).abs().max().item() / max(expected.abs().max().item(), floor)
     assert error <= 1e-9, f"{what}: relative error {error:.1e}"
+    return error
 
 
 def assert_equal_one_by_one(
     supernet: psenet.Supernet, x: Any, widths: list[Widths], *, training: bool, gradients: bool = True
-) -> None:
-    """Compare one pass with extracted modules: structure and values of outputs, and gradients of a weighted sum."""
-    n = len(widths)
+) -> float:
+    """Compare one pass with extracted modules: structure and values of outputs, and gradients of a weighted sum.
+
+    Returns:
+        The largest relative error.
+    """
+    n, errors = len(widths), [0.0]
     before = {name: tensor.clone() for name, tensor in supernet.train(training).state_dict().items()}
     together = supernet(tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, x), widths)
     outputs = _tensors(together)
@@ -84,7 +90,7 @@ def assert_equal_one_by_one(
         assert tree_structure(alone) == tree_structure(together)
         loss = torch.zeros((), dtype=torch.float64)
         for out, whole, weighting in zip(_tensors(alone), outputs, weightings, strict=True):
-            _assert_close(whole[number::n].detach(), out.detach(), floor=1e-6, what="outputs")
+            errors.append(_assert_close(whole[number::n].detach(), out.detach(), floor=1e-6, what="outputs"))
             loss = loss + (out * weighting[number::n]).sum()
         if gradients:
             places = _places(supernet, setting)
@@ -97,9 +103,10 @@ def assert_equal_one_by_one(
         # A bias before a batch norm has no gradient but rounding.
         floor = 0.01 * max(gradient.abs().max().item() for gradient in expected.values())
         for name, gradient in found.items():
-            _assert_close(gradient, expected[name], floor=floor, what=f"gradient of {name}")
+            errors.append(_assert_close(gradient, expected[name], floor=floor, what=f"gradient of {name}"))
     for name, tensor in supernet.state_dict().items():
         assert torch.equal(tensor, before[name]), f"{name} was changed"
+    return max(errors)
 
 
 def settings_of(space: WidthSpace, *, seed: int = 0) -> list[list[Widths]]:

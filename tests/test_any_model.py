@@ -1345,3 +1345,105 @@ def test_a_constant_of_another_size_is_not_taken_for_the_samples(training: bool)
 
 def test_the_ops_that_are_counted_are_those_that_can_be_masked():
     assert {_AS_TRACED.get(name, name) for name in _MASKED} == COUNTED_OPS
+
+
+@_MODES
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+def test_an_instance_norm_with_running_statistics_is_elastic_and_equal(affine: bool, training: bool):
+    supernet = supernet_of(lambda: _Net(extra=nn.InstanceNorm2d(16, affine=affine, track_running_stats=True)))
+    assert _names(supernet.space) == ["a", "b"]
+    assert_guarantee(supernet, training=training)
+
+
+class _Cut(_Net):
+    """A fraction of the channels is worked on, its size computed from the shape; b reads what is left."""
+
+    def __init__(self, cut: Between, num_left: int) -> None:
+        super().__init__()
+        self.cut, self.b = cut, nn.Conv2d(num_left, 8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(self.b(self.cut(self.a(x).relu())).relu())
+
+
+_FRACTIONS: dict[str, tuple[Between, int]] = {
+    "first half": (lambda x: x[:, : x.shape[1] // 2], 8),
+    "all but a quarter": (lambda x: x[:, x.shape[1] // 4 :], 12),
+    "halves": (lambda x: torch.cat([x[:, x.shape[1] // 2 :].sigmoid(), x[:, : x.shape[1] // 2]], 1), 16),
+    "narrowed": (lambda x: x.narrow(1, x.shape[1] // 4, x.shape[1] // 2), 8),
+}
+
+
+@pytest.mark.parametrize("name", _FRACTIONS)
+def test_channels_cut_at_a_fraction_of_their_number_are_elastic_at_every_width(name: str):
+    supernet = supernet_of(lambda: _Cut(*_FRACTIONS[name]), divisor=1)
+    space = supernet.space
+    assert _names(space) == ["a", "b"] and space.groups[0].unit in (2, 4)
+    for width in space.groups[0].choices:
+        assert_equal_one_by_one(supernet, batch(4), [Widths({"a": width, "b": 3}), space.full()], training=False)
+
+
+def test_a_cut_at_a_number_that_a_module_keeps_leaves_both_parts_free():
+    class Net(_Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.size, self.b = 4, nn.Conv2d(4, 8, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.c(self.b(self.a(x)[:, : self.size]).relu())
+
+    assert _names(supernet_of(Net, divisor=1).space) == ["a[0:4]", "a[4:16]", "b"]
+
+
+def test_a_convolution_along_channels_leaves_the_last_of_several_groups_free():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 16, 1), nn.Conv2d(24, 4, 1)
+            self.along = nn.Conv1d(1, 1, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.cat([self.a(x), self.b(x)], 1)
+            gate = self.along(x.mean((2, 3)).unsqueeze(1)).sigmoid()
+            return self.c(x * gate.transpose(1, 2).unsqueeze(-1))
+
+    supernet = supernet_of(Net)
+    assert _names(supernet.space) == ["b"]
+    assert _reasons(supernet.space)["a"] == "dropping its channels would make others neighbours"
+    assert_guarantee(supernet, training=True)
+
+
+def test_channels_that_meet_fixed_ones_after_a_pool_are_frozen_by_the_sum():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.out = (
+                nn.Conv2d(3, 8, 1),
+                nn.Conv2d(3, 8, 1),
+                nn.Conv2d(8, 8, 1),
+                nn.Conv2d(8, 4, 1),
+            )
+            self.pool = nn.AvgPool2d(2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(self.c(self.pool(self.a(x).flip(1)) + self.b(self.pool(x))))
+
+    reasons = _reasons(supernet_of(Net).space)
+    assert reasons["a"].startswith("moves channels")
+    assert reasons["b"] == "meets channels that always stay (aten.add.Tensor in the model itself)"
+
+
+class _RarelyDropped(_Net):
+    """Stochastic depth, so rare that most passes drop nothing."""
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return x
+        keep = torch.rand(x.shape[0], 1, 1, 1) > 0.1
+        return x * keep.to(x.dtype)
+
+
+def test_a_net_that_rarely_drops_something_in_training_is_elastic_whatever_the_random_numbers():
+    for seed in range(10):
+        torch.manual_seed(seed)
+        assert _names(supernet_of(_RarelyDropped).space) == ["a", "b"]

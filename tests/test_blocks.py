@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -221,3 +221,28 @@ def test_the_masks_of_a_model_keep_as_many_channels_as_the_extracted_layers_have
             assert isinstance(layer, nn.BatchNorm2d)
             kept = mask_nC[number].int().tolist()
             assert kept == [1] * layer.num_features + [0] * (len(kept) - layer.num_features)
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_masks_of_any_layouts_are_what_a_count_of_units_says(data: st.DataObject):
+    sizes = [4, 3]
+    groups = [ChannelGroup(f"g{n}", size, tuple(range(1, size + 1)), ()) for n, size in enumerate(sizes)]
+    none = SpaceCosts(macs=ProductCost([], 2), params=ProductCost([], 2), memory=PeakCost([], 2))
+    runs = st.tuples(st.integers(-1, 1), st.integers(1, 3))
+    drawn = data.draw(st.lists(st.lists(runs, min_size=1, max_size=4), max_size=3))
+    layouts = [
+        tuple(Run(None, 1, times) if group < 0 else Run(group, times, times * sizes[group]) for group, times in axis)
+        for axis in drawn
+    ]
+    ceiling = [data.draw(st.integers(1, size)) for size in sizes]
+    subnets = data.draw(st.lists(st.tuples(*(st.integers(1, top) for top in ceiling)), min_size=1, max_size=3))
+    table = MaskTable(WidthSpace(groups, none), layouts, Widths({"g0": ceiling[0], "g1": ceiling[1]}))
+    masks = table.masks([Widths({"g0": a, "g1": b}) for a, b in subnets], torch.device("cpu"))
+    for axis, mask_nC in zip(drawn, masks, strict=True):
+        for kept, mask_C in zip(subnets, mask_nC.tolist(), strict=True):
+            expected = []
+            for group, times in axis:
+                units = range(ceiling[group]) if group >= 0 else [0]
+                expected += [group < 0 or unit < kept[group] for unit in units for _ in range(times)]
+            assert mask_C == expected

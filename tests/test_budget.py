@@ -2,8 +2,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from psenet.budget import Budget, Limits, resolve_limits, uniform_widths
+from psenet.budget import RESOURCES, Budget, Limits, Resource, resolve_limits, uniform_widths
 from psenet.cost import LatencyCost, LinearForm, PeakCost, ProductCost
 from psenet.errors import InputError
 from psenet.space import ChannelGroup, SpaceCosts, WidthSpace
@@ -219,3 +221,67 @@ def test_uniform_widths_use_up_a_latency_limit(timed: WidthSpace):
     widths = uniform_widths(timed, Limits(latency_ms=1.4))
     assert widths["a"] * widths["b"] == 24  # 24 is the most that fits, and 4 x 4 the widest of one ratio
     assert uniform_widths(timed, Limits(latency_ms=0.4)) == timed.smallest()
+
+
+# Any text, any number -------------------------------------------------------------------------------------------------
+
+_numbers = st.integers() | st.floats() | st.just(10**400)
+_texts = (
+    st.text(max_size=12) | st.text("0123456789.%kMGTBibmsue +-", max_size=12) | st.integers(300, 400).map("9".__mul__)
+)
+_resources = st.sampled_from(RESOURCES)
+
+
+def _wide_space() -> WidthSpace:
+    """One channel costs one of everything, up to 10^15."""
+    width, one = LinearForm(0, ((0, 1),)), LinearForm(1)
+    return WidthSpace(
+        [ChannelGroup("a", 10**15, (1, 10**15), ("a",))],
+        SpaceCosts(
+            macs=ProductCost([(1, width, one)], 1),
+            params=ProductCost([(1, width, one)], 1),
+            memory=PeakCost([width], 1),
+            latency_ms=LatencyCost(ProductCost([(1, width, one)], 1), np.array([1.0])),
+        ),
+    )
+
+
+_WIDE = _wide_space()
+
+
+@settings(deadline=None)
+@given(_resources, _numbers | _texts)
+def test_any_limit_becomes_a_number_of_the_space_or_is_refused_in_words(resource: Resource, value: int | float | str):
+    try:
+        limits = Budget(**{resource.name: value}).resolve(_WIDE)  # pyright: ignore[reportArgumentType]
+    except InputError as error:
+        assert resource.name in str(error)
+        return
+    ((found, limit),) = limits.each()
+    assert found == resource and 1 <= limit <= 10**15
+    assert isinstance(limit, int) == resource.counted
+
+
+@settings(deadline=None)
+@given(_resources, st.integers(1, 10**12))
+def test_an_amount_shown_for_a_person_is_read_as_the_same_limit(resource: Resource, amount: int):
+    amount = amount if resource.counted else min(amount, 10**6)
+    ((_, limit),) = Budget(**{resource.name: resource.show(amount)}).resolve(_WIDE).each()  # pyright: ignore[reportArgumentType]
+    assert limit == pytest.approx(amount, rel=6e-4)
+
+
+@settings(deadline=None)
+@given(_resources, st.integers(1, 10**12))
+def test_a_number_and_its_text_are_the_same_limit(resource: Resource, amount: int):
+    as_number, as_text = (
+        Budget(**{resource.name: value}).resolve(_WIDE).each()  # pyright: ignore[reportArgumentType]
+        for value in (amount, f" {amount} ")
+    )
+    assert as_number == as_text == [(resource, amount)]
+
+
+@settings(deadline=None)
+@given(_resources, st.integers(1, 10**4))
+def test_a_share_is_that_part_of_the_full_model(resource: Resource, hundredths: int):
+    ((_, limit),) = Budget(**{resource.name: f"{hundredths / 100:.2f}%"}).resolve(_WIDE).each()  # pyright: ignore[reportArgumentType]
+    assert limit == pytest.approx(hundredths * 10**11, rel=1e-9)

@@ -68,6 +68,24 @@ def test_a_peak_cost_is_the_largest_moment(moments: list[LinearForm], settings: 
     assert cost(_array(settings)).tolist() == expected and cost(_array(settings)).dtype == np.int64
 
 
+@given(
+    st.lists(st.tuples(st.integers(0, 1000), _forms, _forms), max_size=5),
+    st.lists(_forms, max_size=6),
+    _settings,
+    st.data(),
+)
+def test_costs_never_fall_when_a_width_grows(
+    terms: list[tuple[int, LinearForm, LinearForm]],
+    moments: list[LinearForm],
+    settings: list[list[int]],
+    data: st.DataObject,
+):
+    more = st.lists(st.integers(0, 9), min_size=NUM_GROUPS, max_size=NUM_GROUPS)
+    wider = [[units + grown for units, grown in zip(row, data.draw(more), strict=True)] for row in settings]
+    for cost in (ProductCost(terms, NUM_GROUPS), PeakCost(moments, NUM_GROUPS)):
+        assert (cost(_array(wider)) >= cost(_array(settings))).all()
+
+
 def test_costs_of_no_settings_are_none():
     one = LinearForm(1)
     for cost in (ProductCost([(1, one, one)], NUM_GROUPS), PeakCost([one], NUM_GROUPS)):

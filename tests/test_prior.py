@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from psenet.budget import Budget, Limits
 from psenet.cost import LinearForm, PeakCost, ProductCost
@@ -335,3 +337,30 @@ def test_what_candidates_taught_is_saved_too(tmp_path: Path):
 def _draws(space: WidthSpace, num: int) -> list[Widths]:
     rng = np.random.default_rng(3)
     return [space.sample(rng) for _ in range(num)]
+
+
+# Any space, any budget ------------------------------------------------------------------------------------------------
+
+_choices = st.sets(st.integers(1, 9), min_size=1, max_size=4).map(lambda widths: tuple(sorted(widths)))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(_choices, min_size=1, max_size=4), st.integers(0, 30), st.data())
+def test_samples_of_any_prior_keep_any_budget_and_are_different_while_settings_last(
+    choices: list[tuple[int, ...]], num: int, data: st.DataObject
+):
+    space = make_space(choices)
+    rows_NG = every_setting(space)
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    visited_NG = draw_uniform(space, data.draw(st.integers(0, 20)), rng)
+    prior = Prior.fit(make_history(space, visited_NG, rng.random(len(visited_NG))), space)
+    # A budget that some setting just keeps.
+    limits = {
+        name: int(getattr(space, name)(rows_NG[[data.draw(st.integers(0, len(rows_NG) - 1))]])[0])
+        for name in data.draw(st.sets(st.sampled_from(["macs", "params", "memory"]), min_size=1))
+    }
+    inside_N = np.all([getattr(space, name)(rows_NG) <= limit for name, limit in limits.items()], axis=0)
+    found, again = (prior.sample(Limits(**limits), num, np.random.default_rng(5)) for _ in range(2))
+    assert found == again and len(found) == num
+    assert len(set(found)) == min(num, inside_N.sum())
+    assert set(found) <= set(space.from_array(rows_NG[inside_N]))

@@ -20,6 +20,8 @@ _BYTE_UNITS = {"": 1, "B": 1}
 _BYTE_UNITS |= {f"{letter}{end}": 1000**power for power, letter in enumerate("kMG", 1) for end in ("", "B")}
 _BYTE_UNITS |= {"KB": 1000, "KiB": 1024, "kiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
 _TIME_UNITS = {"": 1, "ms": 1, "s": 1000, "us": 1e-3}
+_LARGEST = 1e18
+"""No cost is as large: costs are 64-bit integers."""
 _FINEST = 6
 """Decimals of a limit that is no count: those of a predicted latency."""
 
@@ -271,10 +273,11 @@ def _parse(resource: Resource, value: object) -> tuple[float, bool] | None:
     """Return (amount, whether it is a share of the full model), or None for no limit."""
     if value is None:
         return None
+    least = 1 if resource.counted else 10**-_FINEST
     if isinstance(value, bool) or not isinstance(value, int | float | str | np.integer):
         raise InputError(_malformed(resource, value, "must be a number or a string"))
     if not isinstance(value, str):
-        if not (math.isfinite(value) and value >= (1 if resource.counted else 10**-_FINEST)):
+        if not least <= value <= _LARGEST:  # also when NaN
             raise InputError(_malformed(resource, value, "must be a positive number"))
         return float(value), False
     match = _NUMBER.fullmatch(value.strip())
@@ -287,7 +290,7 @@ def _parse(resource: Resource, value: object) -> tuple[float, bool] | None:
         return number / 100, True
     # Round first: 0.3 * 10 is a hair below 3 in binary, and a limit is floored later.
     amount = round(number * resource.units[match[2]], _FINEST)
-    if amount < (1 if resource.counted else 10**-_FINEST):
+    if not least <= amount <= _LARGEST:
         raise InputError(_malformed(resource, value, "must be a positive number"))
     return amount, False
 

@@ -2,8 +2,9 @@
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -17,7 +18,7 @@ from psenet.slicing import narrow_module, state_of
 from psenet.space import WidthSpace
 from psenet.tracing.capture import capture, what_runs
 from psenet.tracing.facts import Reading
-from psenet.tracing.grouping import build_space
+from psenet.tracing.grouping import Choices, build_space
 from psenet.tracing.opaque import opaque_modules
 from psenet.tracing.reader import Reader
 from psenet.tracing.rules import RULES
@@ -75,22 +76,14 @@ def trace(
         step = divisor if divisor % unit == 0 else unit * -(-divisor // unit)
         return tuple(width for width in range(step, size, step) if width / size >= min_ratio) + (size,)
 
-    built: dict[frozenset[tuple[str, str]], WidthSpace] = {}
+    def left_out(space: WidthSpace) -> dict[str, str]:
+        return _left_out(space, include, exclude)
 
-    def build(frozen_groups: dict[str, str]) -> WidthSpace:
-        frozen = {**left_out, **frozen_groups}
-        key = frozenset(frozen.items())
-        if key not in built:  # asked for again and again where nothing is broken
-            built[key] = build_space(reading, choices, frozen_groups=frozen, batch_size=num_samples(example_input))
-        return built[key]
-
-    left_out: dict[str, str] = {}
-    left_out = _left_out(build({}), include, exclude)
-    with eval_mode(model):
-        broken = broken_groups(
-            model, map_tensors(torch.detach, example_input), build, also_in_training=reading.trains_differently
-        )
-    space = build(broken)
+    space, broken = _proved(model, example_input, reading, choices, left_out)
+    if broken and reading.fractions:
+        tied = replace(reading, ties=[*reading.ties, *reading.fractions])
+        with_ties, _ = _proved(model, example_input, tied, choices, left_out)
+        space = min(space, with_ties, key=lambda found: found.macs(found.smallest()))
     if not space.groups:
         _check_finite(model)
         reasons = "; ".join(f"{frozen.layer}: {frozen.reason}" for frozen in space.frozen[:8])
@@ -161,6 +154,32 @@ def _check_finite(model: nn.Module) -> None:
             f"the model's weights must be finite; these hold NaN or infinity: {', '.join(broken[:8])}"
             + f" and {len(broken) - 8} more" * (len(broken) > 8)
         )
+
+
+def _proved(
+    model: nn.Module,
+    example_input: Inputs,
+    reading: Reading,
+    choices: Choices,
+    left_out: Callable[[WidthSpace], dict[str, str]],
+) -> tuple[WidthSpace, dict[str, str]]:
+    """Return the space of a reading without the groups that cannot be shrunk, and why they cannot, by name."""
+    never_varied: dict[str, str] = {}
+    built: dict[frozenset[tuple[str, str]], WidthSpace] = {}
+
+    def build(frozen_groups: dict[str, str]) -> WidthSpace:
+        frozen = {**never_varied, **frozen_groups}
+        key = frozenset(frozen.items())
+        if key not in built:  # asked for again and again where nothing is broken
+            built[key] = build_space(reading, choices, frozen_groups=frozen, batch_size=num_samples(example_input))
+        return built[key]
+
+    never_varied |= left_out(build({}))
+    with eval_mode(model):
+        broken = broken_groups(
+            model, map_tensors(torch.detach, example_input), build, also_in_training=reading.trains_differently
+        )
+    return build(broken), broken
 
 
 def _check_can_be_copied(model: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """One op of the graph, as its rule sees it."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -219,6 +220,17 @@ class Call:
         """Say that a list of numbers in the user's code counts these parts of the channels, one each."""
         flat = tuple(np.ascontiguousarray(part).reshape(-1) for part in ids)
         self.reading.constant_lists.append(ConstantList(self.module, tuple(map(int, values)), flat))
+
+    def fraction(self, ids_C: np.ndarray, cuts: Sequence[int]) -> None:
+        """Say that an axis is cut at these places, which may be fractions of its length.
+
+        They stay so where the parts that all cuts are multiples of live and die together.
+        """
+        size = math.gcd(len(ids_C), *cuts)
+        if size < len(ids_C) and (ids_C != NO_CHANNEL).all():
+            ids_NC = ids_C.reshape(-1, size)
+            first_NC, ids_NC = np.broadcast_arrays(ids_NC[:1], ids_NC)
+            self.reading.fractions.append((first_NC, ids_NC))
 
     def keep_order(self, ids: np.ndarray) -> None:
         """Say that neighbours matter: these channels may be dropped from the end, but not be sorted."""

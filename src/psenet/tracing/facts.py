@@ -113,6 +113,8 @@ class Reading:
     """The ops over channels or space that each module calls itself, in order, once for each call of the module."""
     constants: list[Constant] = field(default_factory=list)
     constant_lists: list[ConstantList] = field(default_factory=list)
+    fractions: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    """Ties, as in `ties`, without which code that cuts an axis at a fraction of its length would be wrong."""
     ordered: list[np.ndarray] = field(default_factory=list)
     """Ids whose order matters: they must not be sorted by importance."""
     moments: list[list[Value]] = field(default_factory=list)

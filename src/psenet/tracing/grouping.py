@@ -54,6 +54,9 @@ def build_space(
         batch_size: Samples in the example input.
     """
     grouping = _Grouping(reading, choices, frozen_groups or {})
+    torn = grouping.torn()
+    if torn:
+        grouping = _Grouping(reading, choices, {**(frozen_groups or {}), **torn})
     groups = grouping.groups()
     layouts = {
         name: tuple(
@@ -129,6 +132,11 @@ class _Grouping:
 
     def groups_on(self, ids: np.ndarray) -> set[int]:
         return {int(group) for group in np.unique(self._groups_of(ids)) if group >= 0}
+
+    def torn(self) -> dict[str, str]:
+        """Return the groups that drop channels between others on an axis where neighbours matter, name to reason."""
+        groups = {run.group for ids in self._reading.ordered for run in self.layout(ids)[:-1] if run.group is not None}
+        return {self._atoms_kept[group].name: "dropping its channels would make others neighbours" for group in groups}
 
     def layout(self, ids: np.ndarray) -> Layout:
         """Return an axis of ids as runs."""

@@ -159,6 +159,8 @@ def _part(
     along = value.axis_ids(axis)
     if along is not None:
         call.constant(len(along), along)  # the numbers may be fractions of it
+        if step == 1:
+            call.fraction(along, (first, stop))
         for number in (first, stop) if constants is None else constants:
             call.constant(number, along[first:stop] if constants is not None else along[:number])
     index: list[slice] = [slice(None)] * value.ids.ndim

@@ -137,10 +137,12 @@ def meet(call: Call, a: Value, b: Value) -> np.ndarray:
                 call.freeze(ids, "meets a tensor of fixed size on its channel axis")
                 call.freeze(other, "meets a tensor of fixed size on its channel axis")
                 return np.full([1] * rank, NO_CHANNEL, np.int64)
-    if (a_ids == NO_CHANNEL).all():
-        return b_ids
-    if (b_ids == NO_CHANNEL).all():
-        return a_ids
+    # Fixed channels that meet others pairwise freeze them: the narrower tensor would not fit.
+    if not any(min(sizes) > 1 for sizes in zip(a_ids.shape, b_ids.shape, strict=True)):
+        if (a_ids == NO_CHANNEL).all():
+            return b_ids
+        if (b_ids == NO_CHANNEL).all():
+            return a_ids
     call.tie(a_ids, b_ids)
     a_ids, b_ids = np.broadcast_arrays(a_ids, b_ids)
     return np.where(a_ids != NO_CHANNEL, a_ids, b_ids)

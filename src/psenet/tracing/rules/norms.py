@@ -33,7 +33,8 @@ def instance_norm(call: Call) -> Value:
     for name in ("weight", "bias", "running_mean", "running_var"):
         call.follow(call[name], [ids])
     call.constant(len(ids), ids)
-    return call.along(1, ids, zero=value.zero and call["bias"] is None)
+    # Running statistics move a dropped channel away from zero as a bias does.
+    return call.along(1, ids, zero=value.zero and call["bias"] is None and call["use_input_stats"])
 
 
 @rule("aten.layer_norm.default", "aten.rms_norm.default")
