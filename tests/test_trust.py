@@ -41,7 +41,7 @@ ALLOWED = {
     ("environment.py", "subprocess.run"): "git and the compiler, by fixed arguments",
     ("workers.py", "pickle.loads"): "from this program's own processes, over a pipe",
     ("history.py", "np.load"): "with allow_pickle=False",
-    ("training/loop.py", "torch.load"): "with weights_only=True",
+    ("training/checkpoint.py", "torch.load"): "with weights_only=True",
     ("yaml_text.py", "yaml.load"): "with a loader that makes plain values only",
 }
 """Every risky call there is, and why it may be."""

@@ -95,7 +95,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_good(tmp_path
     ended = _few_steps(tmp_path / "run", "--supernet-lr", "1e9")
     assert ended.code == 1
     assert "psenet: TrainingDivergedError: " in ended.err
-    assert ": lower the learning rate or check the data; no epoch was finished before" in ended.err
+    assert ": lower the learning rate or check the data; there is no checkpoint yet" in ended.err
     assert "Traceback" not in ended.out + ended.err
     assert (tmp_path / "run/stages/baseline.safetensors").exists()
     # It goes on where it stopped, which helps only if the data was the reason.
