@@ -63,24 +63,19 @@ def build_model(
     return model
 
 
-def is_trusted(spec: str) -> bool:
-    """Return whether a model is of a module that may be imported without the user's naming it."""
-    return spec.partition(":")[0] in _TRUSTED
-
-
 def check_trusted(spec: str, named: str | None, what: str, *, option: str = "--factory") -> None:
     """Make sure that a module is imported only if the user names it.
 
     Args:
-        spec: The model as a recipe or a run directory says.
+        spec: The model as a file in a run directory says.
         named: The model as the user says, if at all.
-        what: What holds the model's name, for the message.
+        what: What holds the file, for the message.
         option: What the user names a model with.
 
     Raises:
         InputError: The model is a factory that the user did not name.
     """
-    if not is_trusted(spec) and spec != named:
+    if spec.partition(":")[0] not in _TRUSTED and spec != named:
         raise InputError(
             f"{what} is of {spec!r}, which its recipe alone is not trusted to import; name it, if you trust "
             f"it: {option} {spec}"

@@ -27,7 +27,6 @@ def init(
     from psenet.cli.opening import make_console, read_overrides
     from psenet.errors import InputError
     from psenet.files import check_can_be_written, write_bytes
-    from psenet.models import is_trusted
     from psenet.recipe import Override, read_recipe
     from psenet.recipe_text import commented_text
 
@@ -43,12 +42,10 @@ def init(
         *(Override(("budget", name), value, f"--{name.replace('_', '-')}") for name, value in budget.items()),
         *read_overrides(settings or ()),
     ]
-    chosen = read_recipe(template=template, overrides=overrides)
-    write_bytes(path, commented_text(chosen).encode())
-    # A recipe may be a stranger's, so that a factory must be named by whoever runs it.
-    again = f"psenet prune --recipe {path}" + f" --model {chosen.model.name}" * (not is_trusted(chosen.model.name))
+    write_bytes(path, commented_text(read_recipe(template=template, overrides=overrides)).encode())
     make_console().print(
-        f"written: {path}\nhow long it takes:  {again} --dry-run\nstart:              {again} --out runs/1",
+        f"written: {path}\nhow long it takes:  psenet prune --recipe {path} --dry-run\n"
+        f"start:              psenet prune --recipe {path} --out runs/1",
         highlight=False,
         soft_wrap=True,
     )

@@ -204,31 +204,6 @@ def keep_recipe(recipe: "Recipe", path: Path) -> None:
         write_bytes(path, plain_text(recipe).encode())
 
 
-def read_given_recipe(
-    path: Path | None, template: str | None, overrides: "Sequence[Override]", named: str | None, option: str
-) -> "Recipe":
-    """Return the recipe that a file, a template and the command line make together.
-
-    Args:
-        path: The file, if any.
-        template: The template, if any.
-        overrides: What the command line says.
-        named: The model's `my.module:factory`, as the user names it; a file, perhaps a stranger's, is not trusted to
-            import one.
-        option: The option that names it.
-
-    Raises:
-        InputError: The recipe cannot be used, or its model must be named.
-    """
-    from psenet.models import check_trusted
-    from psenet.recipe import read_recipe
-
-    recipe = read_recipe(path, template=template, overrides=overrides)
-    if not any(override.key == ("model", "name") for override in overrides):
-        check_trusted(recipe.model.name, named, f"the recipe {path}", option=option)
-    return recipe
-
-
 def read_kept_recipe(
     run: Path, factory: str | None, overrides: "Sequence[Override]" = (), *, option: str = "--factory"
 ) -> "Recipe":

@@ -167,11 +167,12 @@ def forecast(recipe: "Recipe", place: "Place") -> None:
 def _recipe(
     path: Path | None, template: str | None, source: Path | None, model: str | None, overrides: "list[Override]"
 ) -> "Recipe":
-    from psenet.cli.opening import read_given_recipe, read_kept_recipe
+    from psenet.cli.opening import read_kept_recipe
     from psenet.errors import InputError
+    from psenet.recipe import read_recipe
 
     if source is None:
-        return read_given_recipe(path, template, overrides, model, "--model")
+        return read_recipe(path, template=template, overrides=overrides)
     if path is not None or template is not None:
         raise InputError("--from takes everything from that run; leave --recipe and --template out")
     return read_kept_recipe(source, model, overrides, option="--model")

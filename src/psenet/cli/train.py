@@ -21,9 +21,10 @@ def train(
 
     Example: psenet train runs/x --recipe recipe.yaml
     """
-    from psenet.cli.opening import Place, continue_run, make_console, open_run, read_given_recipe, read_overrides
+    from psenet.cli.opening import Place, continue_run, make_console, open_run, read_overrides
     from psenet.errors import InputError
     from psenet.pipeline import run_stage
+    from psenet.recipe import read_recipe
 
     asked = recipe is not None or template is not None or settings
     if (run / "recipe.json").is_file():
@@ -35,6 +36,6 @@ def train(
         return
     if not asked:
         raise InputError(f"there is no run in {run}; start one: psenet train {run} --recipe FILE")
-    chosen = read_given_recipe(recipe, template, read_overrides(settings or ()), factory, "--factory")
+    chosen = read_recipe(recipe, template=template, overrides=read_overrides(settings or ()))
     place = Place(out=run, command=context.obj, data_workers=data_workers)
     run_stage(open_run(chosen, place, make_console()), "train")
