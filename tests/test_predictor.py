@@ -174,8 +174,8 @@ def test_a_search_in_parts_with_a_predictor_equals_one_in_one_go(tmp_path: Path)
     space = make_space(6)
     whole, parts = Additive(space, 6), Additive(space, 6)
     arguments = space, Budget(macs="50%")
-    search(*arguments, whole, predictor=Predictor.untrained(space), num_evaluations=30, seed=2)
-    for number in (7, 18, 30):
+    search(*arguments, whole, predictor=Predictor.untrained(space), num_evaluations=54, seed=2)
+    for number in (7, 35, 41, 54):  # from 32 on the predictor does not learn from every single score
         search(
             *arguments,
             parts,
@@ -185,6 +185,20 @@ def test_a_search_in_parts_with_a_predictor_equals_one_in_one_go(tmp_path: Path)
             storage=tmp_path / "study.journal",
         )
     assert parts.seen == whole.seen
+
+
+def test_the_more_scores_there_are_the_rarer_it_learns(monkeypatch: pytest.MonkeyPatch):
+    learned: list[int] = []
+    updated = Predictor.updated
+
+    def counted(self: Predictor, widths: np.ndarray, scores: list[float]) -> Predictor:
+        learned.append(len(scores))
+        return updated(self, widths, scores)
+
+    monkeypatch.setattr(Predictor, "updated", counted)
+    space = make_space(6)
+    search(space, Budget(macs="50%"), Additive(space, 6), predictor=Predictor.untrained(space), num_evaluations=68)
+    assert learned == [*range(32), *range(32, 48, 2), *range(48, 64, 3), 64]
 
 
 def test_it_is_a_public_name():

@@ -30,6 +30,9 @@ _TRAINING_COUNTS = 30
 """What training thought of widths counts as much as so many scores."""
 _LISTED = 4096
 """Settings listed beyond those already known."""
+_REFITS = 16
+"""The predictor learns anew whenever there are a sixteenth more scores: one more tells it ever less, and learning takes
+longer than all else that a proposal does."""
 
 
 class SpaceExhausted(RuntimeError):  # noqa: N818 - says what happened, as StopIteration does
@@ -150,9 +153,12 @@ class PriorEvolutionSampler(BaseSampler):
         return None if predictor is None or predictor.scores is None else float(predictor.predict([widths])[0][0])
 
     def _updated_predictor(self, levels_NG: np.ndarray, scores_N: np.ndarray) -> Predictor | None:
-        """Return the predictor with all scores, or None while it could not tell settings apart."""
+        """Return the predictor with all or nearly all scores, or None while it could not tell settings apart."""
         if self.predictor is None:
             return None
+        # By the number of scores and not by what this process has done: a search that goes on must propose the same.
+        num_learned = len(scores_N) - len(scores_N) % max(1, len(scores_N) // _REFITS)
+        levels_NG, scores_N = levels_NG[:num_learned], scores_N[:num_learned]
         # The same sampler may serve another study, so the number of scores alone says nothing.
         known = levels_NG.tobytes() + scores_N.tobytes()
         if self._predicts is None or self._predicts[0] != known:
