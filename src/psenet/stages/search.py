@@ -107,7 +107,10 @@ def _search(run: Run, supernet: Supernet, history: History) -> _Chosen:
             chosen = _search_measured(run, searcher, supernet)
         others = searcher.over_all_costs(first=chosen.best.widths)
     best, found = chosen.best, chosen.found
-    evaluated = {one.widths: one for one in (*others, *found.evaluated)}
+    evaluated: dict[Widths, Evaluation] = {}
+    for one in (*others, *found.evaluated):
+        if one.widths not in evaluated or not one.is_estimate:
+            evaluated[one.widths] = one
     write_json(
         run.folder.file("stages/evaluated.json"), {"candidates": _candidates(run.space, list(evaluated.values()))}
     )
@@ -136,6 +139,7 @@ def _candidates(space: WidthSpace, evaluated: Sequence[Evaluation]) -> list[dict
             "score": one.score,
             "macs": one.macs,
             "params": one.params,
+            "share": round(one.share, 4),
             **{name: values[number] for name, values in costs.items()},
         }
         for number, one in enumerate(evaluated)
@@ -172,6 +176,7 @@ class _Searcher:
                 seed=run.config.seed,
                 storage=run.folder.file("stages/study.journal"),
                 progress=progress,
+                early_stopping=run.config.early_stopping,
                 workers=run.workers,
             )
 
@@ -196,6 +201,7 @@ class _Searcher:
                 seed=run.config.seed,
                 storage=run.folder.file("stages/front.journal"),
                 progress=lambda state: advance(state.num_done, ""),
+                early_stopping=run.config.early_stopping,
                 workers=run.workers,
             )
         return found.evaluated
