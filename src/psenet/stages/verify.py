@@ -74,7 +74,7 @@ def _candidates(run: Run) -> list[dict[str, Any]]:
     path = run.folder.path / "stages/evaluated.json"
     if not path.exists():
         raise InputError(f"the run in {run.folder.path} has no scored candidates: finish its search first")
-    return read_json(path)["candidates"]
+    return [one for one in read_json(path)["candidates"] if one.get("share", 1) == 1]  # others have estimates
 
 
 def _spread(candidates: Sequence[dict[str, Any]], num: int) -> list[dict[str, Any]]:
