@@ -273,7 +273,7 @@ def compare_stopping(trained: Trained, data: DataSplits, limits: Limits, number:
         )
         print(json.dumps(rows[-1]), flush=True)
     return {
-        "images": {"calibration": len(data.calibration), "validation": len(data.validation)},
+        "images": {name: len(getattr(data, name)) for name in ("calibration", "validation")},
         "share_of_images": _median([row["share_of_images"] for row in rows]),
         "share_of_scoring_time": _median([row["share_of_scoring_time"] for row in rows]),
         "seeds": rows,

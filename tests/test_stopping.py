@@ -84,10 +84,9 @@ def test_a_score_to_the_end_is_what_a_call_and_the_score_function_give(space: Wi
     for score_fn in (None, accuracy, soft_accuracy):
         for rival in others:
             fresh = [SupernetScore(answers, answers.batches(), answers.batches(), score_fn=score_fn) for _ in range(2)]
-            found = fresh[0].against(best, rival)
-            assert found == Scored(fresh[1](best), 1.0)
-        plain = (score_fn or accuracy)(answers.subnet(best), answers.batches())
-        assert found.score == pytest.approx(plain, rel=1e-6)
+            plain = (score_fn or accuracy)(answers.subnet(best), answers.batches())
+            assert fresh[0].against(best, rival) == Scored(fresh[1](best), 1.0)
+            assert fresh[1](best) == pytest.approx(plain, rel=1e-6)
 
 
 def test_the_smaller_part_of_the_samples_is_run_and_a_rival_only_once(space: WidthSpace):
@@ -117,7 +116,8 @@ def test_the_latest_rivals_are_remembered_and_no_more(space: WidthSpace):
     for one in widths:
         score(one)
     answers.num_seen = 0
-    score(widths[-1]), score(widths[8])
+    for one in (widths[-1], widths[8]):
+        score(one)
     assert answers.num_seen == 0
     score(widths[7])
     assert answers.num_seen == 300
