@@ -53,13 +53,16 @@ def shuffled(batches: Sequence[Any], *, ignored: int) -> list[tuple[torch.Tensor
         be put into another order: the batches are not all pairs of tensors with one class number for each sample, the
         samples have different shapes, or none has a label.
     """
-    if not all(_is_labelled(batch) for batch in batches) or len({batch[0].shape[1:] for batch in batches}) != 1:
+    kinds = {(batch[0].shape[1:], batch[0].dtype) if _is_labelled(batch) else None for batch in batches}
+    if len(kinds) != 1 or None in kinds:
         return None
-    x, labels = (torch.cat([batch[part] for batch in batches]) for part in range(2))
-    counted = torch.nonzero(labels != ignored).flatten()
-    order = counted[torch.randperm(len(counted), generator=torch.Generator().manual_seed(0)).to(counted.device)]
-    parts = order.split(min(len(batches[0][0]), _BATCH_SIZE))
-    return [(x[part], labels[part]) for part in parts if len(part)] or None
+    labels_N = torch.cat([labels for _, labels in batches])
+    counted = torch.nonzero(labels_N.cpu() != ignored).flatten()
+    order = counted[torch.randperm(len(counted), generator=torch.Generator().manual_seed(0))]
+    # Views: images are copied once, into the batches they end up in.
+    samples = [sample for x, _ in batches for sample in x.unbind()]
+    parts = [part for part in order.split(min(len(batches[0][0]), _BATCH_SIZE)) if len(part)]
+    return [(torch.stack([samples[place] for place in part.tolist()]), labels_N[part]) for part in parts] or None
 
 
 def _is_labelled(batch: Any) -> bool:

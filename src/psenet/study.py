@@ -1,5 +1,6 @@
 """One search on an open study: propose, score, keep, until there are enough evaluations or none is left."""
 
+import contextlib
 import math
 import statistics
 import uuid
@@ -83,12 +84,13 @@ class StudyRun:
                 tally = self._reader.read()
                 is_enough = self._is_enough(tally)
                 turns = self._turns(tally, is_enough=is_enough)
+                again = None if self._running or turns else self._doubtful(tally)
                 if scorer.num_free and (turns or (tally.left_over and not is_enough)):
                     self._start(tally, turns, scorer)
-                elif self._running or (turns and not scorer.num_workers):
+                elif self._running or ((turns or again) and not scorer.num_workers):
                     for outcome in scorer.wait():
                         self._finish(outcome, scorer)
-                elif (again := self._doubtful(tally)) is not None:
+                elif again is not None:
                     self._score(self._begin_again(again), tally, scorer)
                 else:
                     return [self._result(tally, budget) for budget in range(len(self._budgets))]
@@ -227,23 +229,31 @@ class StudyRun:
 
     def _finish(self, outcome: Outcome, scorer: Scorer) -> None:
         """Keep a score; put the candidate back if its worker died."""
-        from optuna.trial import Trial, TrialState
+        from optuna.trial import TrialState
 
         trial = self._running[outcome.key]
         if outcome.score is None:
             put_back(self._study, trial.number)
         elif math.isfinite(outcome.score):
             if outcome.share < 1:
-                Trial(self._study, trial._trial_id).set_user_attr(SHARE, outcome.share)
+                self._note(trial, SHARE, outcome.share)
             self._study.tell(trial.number, outcome.score, skip_if_finished=True)
         else:
-            Trial(self._study, trial._trial_id).set_user_attr(BAD_SCORE, str(outcome.score))
+            self._note(trial, BAD_SCORE, str(outcome.score))
             self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
         del self._running[outcome.key]
         if outcome.score is not None:
             self._seconds.append(outcome.seconds)
             if self._progress is not None:
                 self._progress(self._told(outcome.key, scorer.num_workers))
+
+    def _note(self, trial: "FrozenTrial", name: str, value: float | str) -> None:
+        """Keep something beside a score, unless another search has put the candidate back meanwhile."""
+        from optuna.exceptions import UpdateFinishedTrialError
+        from optuna.trial import Trial
+
+        with contextlib.suppress(UpdateFinishedTrialError):
+            Trial(self._study, trial._trial_id).set_user_attr(name, value)
 
     def _told(self, number: int, num_workers: int) -> SearchProgress:
         evaluated = self._reader.read().evaluated()

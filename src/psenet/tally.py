@@ -91,14 +91,14 @@ class Tally:
         """
         best = best_of(self.evaluated(budget))
         above = [
-            entry
+            (evaluation.score, entry)
             for entry in self.done
-            if budget in entry.budgets
-            and entry.evaluation is not None
-            and entry.evaluation.is_estimate
-            and (best is None or entry.evaluation.score > best.score)
+            if (evaluation := entry.evaluation) is not None
+            and evaluation.is_estimate
+            and budget in entry.budgets
+            and (best is None or evaluation.score > best.score)
         ]
-        return max(above, key=lambda entry: entry.evaluation.score if entry.evaluation else 0.0, default=None)
+        return max(above, key=lambda pair: pair[0])[1] if above else None
 
     def num_failed(self, budget: int) -> int:
         """Return how many candidates inside a budget had no finite score."""

@@ -165,7 +165,7 @@ def _outline() -> dict[str, Any]:
 
 def _hover(one: Candidate, words: Words) -> str:
     """Return a candidate for the pointer; plotly reads tags in it, so names are escaped."""
-    stopped = f" ({words('estimate', share=percent(100 * one.share))})" if one.is_estimate else ""
+    stopped = f" ({words('estimate', share=percent(100 * one.share, 0))})" if one.is_estimate else ""
     lines = [
         f"<b>{words('score')} {percent(one.score)}</b>{stopped}",
         f"{words('macs')} {short(one.macs)}, {words('params')} {short(one.params)}",

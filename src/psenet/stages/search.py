@@ -119,6 +119,10 @@ def _search(run: Run, supernet: Supernet, history: History) -> _Chosen:
         f"winner: score {best.score:.2f} at {best.macs / 1e6:.1f}M MACs, best of {len(found.evaluated)}; "
         f"the score is the {run.task.search_score_name} on validation data"
     )
+    num_stopped = sum(one.is_estimate for one in found.evaluated)
+    if num_stopped:
+        seen = sum(one.share for one in found.evaluated) / len(found.evaluated)
+        run.say(f"{num_stopped} candidates were stopped early as hopeless, so {seen:.0%} of all scoring was done")
     if found.predicted_rank_correlation is not None:
         run.say(
             f"candidates were chosen by predicted score; predictions before scoring rank like the scores with rho "
