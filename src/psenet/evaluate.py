@@ -273,7 +273,7 @@ class SupernetScore:
     def __call__(self, widths: Widths) -> float:
         """Return the score of a subnet, NaN if its outputs are not finite (scores of this module)."""
         if self._value_fn is not None:
-            return _percent(self._values_of(widths))
+            return _percent(self._measured(widths))
         module = self._recalibrated(widths)
         if self._score_fn is None:
             return accuracy(module, self._validation, forward_fn=self._forward_fn)
@@ -288,7 +288,8 @@ class SupernetScore:
 
         Args:
             widths: The setting to score.
-            rival: What it would have to beat. Scored on all samples, once: the latest few are remembered.
+            rival: What it would have to beat. Scored on all samples, unless it is among the latest few that were:
+                these are remembered, so a supernet that has been trained on needs a new object.
 
         Returns:
             The score as a call returns it. If the subnet is hopeless, the rival's score plus the mean difference on the
@@ -296,7 +297,9 @@ class SupernetScore:
         """
         if self._value_fn is None:
             return Scored(self(widths))
-        rival_N = self._values_of(rival)
+        if rival in self._known:
+            self._known.move_to_end(rival)
+        rival_N = self._known[rival] if rival in self._known else self._measured(rival)
         seen_M, num_looked = np.empty(0), LEAST_SEEN - BETWEEN_LOOKS
         for more in self._values(self._recalibrated(widths)):
             seen_M = np.concatenate([seen_M, _plain(more)])
@@ -319,11 +322,8 @@ class SupernetScore:
         recalibrate(module, self._calibration, forward_fn=self._forward_fn)
         return module
 
-    def _values_of(self, widths: Widths) -> np.ndarray:
+    def _measured(self, widths: Widths) -> np.ndarray:
         """Return what the score of a setting is the mean of, at all N samples: float64, shape (N,)."""
-        if widths in self._known:
-            self._known.move_to_end(widths)
-            return self._known[widths]
         values_N = _plain(torch.cat(list(self._values(self._recalibrated(widths)))))
         self._remember(widths, values_N)
         return values_N
@@ -340,6 +340,7 @@ class SupernetScore:
 
     def _remember(self, widths: Widths, values_N: np.ndarray) -> None:
         self._known[widths] = values_N
+        self._known.move_to_end(widths)
         if len(self._known) > _RIVALS_KEPT:
             self._known.popitem(last=False)
 
