@@ -1,7 +1,7 @@
 """How many evaluations, and how much time, search needs on a real supernet.
 
     python benchmarks/search_supernet.py digits                         five minutes on two cores
-    python benchmarks/search_supernet.py cifar10 --data FOLDER          fifteen minutes on two cores
+    python benchmarks/search_supernet.py cifar10 --data FOLDER          twenty minutes on two cores
 
 A net is trained, its supernet after it, as `psenet prune` would; then every method searches the same supernet for the
 best net of one budget, with several seeds. *guided* is what `psenet prune` does: prior and predictor from training's
@@ -10,6 +10,10 @@ A score is what `psenet prune` takes, the mean probability of the true class on 
 weights; each widths' score is computed once and shared by all searches. Time beside scoring is processor-bound and
 measured in the same process: proposals, prior, predictor and study.
 
+Then guided search again on all validation images, nothing shared and timed: to the end of every score and *stopping
+early*, seed by seed in turns. What was stopped is scored to the end afterwards: a stop was wrong if that is above the
+best score at that time.
+
 Trained weights stay in runs/search_supernet/CASE, so that a second call searches at once; prior.html there shows what
 the prior learned (docs/prior.png).
 """
@@ -17,7 +21,7 @@ the prior learned (docs/prior.png).
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +43,7 @@ from psenet.importance import order_channels
 from psenet.models import digits_resnet
 from psenet.predictor import Predictor
 from psenet.prior import Prior
+from psenet.scoring import Scored
 from psenet.space import WidthSpace
 from psenet.training import TrainConfig, train_model, train_supernet
 from psenet.widths import Widths
@@ -89,6 +94,7 @@ def main() -> None:
         seeds = range(arguments.seeds)
         searches[method] = [trained.search(method, limits, score, arguments.evaluations, seed) for seed in seeds]
         print(json.dumps({method: summary(searches[method])}), flush=True)
+    stopping = compare_stopping(trained, data, limits, arguments.evaluations, arguments.seeds)
     figures = {
         "budget": arguments.macs,
         "settings_of_the_space": trained.space.num_settings(),
@@ -100,6 +106,7 @@ def main() -> None:
         "guided_reaches_the_end_of": {
             rival: evaluations_to_reach(searches["guided"], searches[rival]) for rival in METHODS[1:]
         },
+        "stopping_early": stopping,
     }
     print(json.dumps(figures, indent=2))
     chart = RUNS / arguments.case / "prior.html"
@@ -120,6 +127,18 @@ class Trained:
         """The width space."""
         return self.supernet.space
 
+    def scorer(self, data: DataSplits, num_validation: int | None = None) -> SupernetScore:
+        """Return the score of this supernet's subnets, on the first or on all validation images."""
+        validation = data.validation
+        if num_validation is not None:
+            validation = torch.utils.data.Subset(validation, range(num_validation))
+        return SupernetScore(
+            self.supernet,
+            make_loader(data.calibration, batch_size=256, shuffle=False),
+            make_loader(validation, batch_size=256, shuffle=False),
+            score_fn=soft_accuracy,
+        )
+
     def search(self, method: str, limits: Limits, score: "_CachedScore", number: int, seed: int) -> "Search":
         """Search once and note what was scored, in order, and the time beside scoring."""
         scored: list[float] = []
@@ -133,11 +152,14 @@ class Trained:
             for widths in Prior.uniform(self.space).sample(limits, number, np.random.default_rng(seed)):
                 noted(widths)
         else:
-            self._evolve(method, limits, noted, number, seed)
+            self.evolve(method, limits, noted, number, seed)
         overhead = time.perf_counter() - start - (score.spent - before)
         return Search(np.maximum.accumulate(scored), overhead / len(scored))
 
-    def _evolve(self, method: str, limits: Limits, score: Any, number: int, seed: int) -> SearchResult:
+    def evolve(
+        self, method: str, limits: Limits, score: Any, number: int, seed: int, *, early_stopping: bool = False
+    ) -> SearchResult:
+        """Search by evolution, guided or not."""
         is_guided = method == "guided"
         return psenet.search(
             self.space,
@@ -148,6 +170,7 @@ class Trained:
             learn=is_guided,
             num_evaluations=number,
             seed=seed,
+            early_stopping=early_stopping,
         )
 
 
@@ -185,15 +208,7 @@ class _CachedScore:
     """Scores widths once, and remembers how long that took."""
 
     def __init__(self, trained: Trained, data: DataSplits, num_validation: int | None) -> None:
-        validation = data.validation
-        if num_validation is not None:
-            validation = torch.utils.data.Subset(validation, range(num_validation))
-        self._score = SupernetScore(
-            trained.supernet,
-            make_loader(data.calibration, batch_size=256, shuffle=False),
-            make_loader(validation, batch_size=256, shuffle=False),
-            score_fn=soft_accuracy,
-        )
+        self._score = trained.scorer(data, num_validation)
         self._scores: dict[Widths, float] = {}
         self._seconds: list[float] = []
 
@@ -210,6 +225,70 @@ class _CachedScore:
 
     def median_seconds(self) -> float:
         return float(np.median(self._seconds))
+
+
+class _TimedScore:
+    """Scores as a search asks, and remembers how long that took and how many images were looked at."""
+
+    def __init__(self, score: SupernetScore) -> None:
+        self._score = score
+        self.seconds = 0.0
+        self.shares: list[float] = []
+
+    def __call__(self, widths: Widths) -> float:
+        return self._timed(lambda: Scored(self._score(widths))).score
+
+    def against(self, widths: Widths, rival: Widths) -> Scored:
+        return self._timed(lambda: self._score.against(widths, rival))
+
+    def _timed(self, score: Callable[[], Scored]) -> Scored:
+        start = time.perf_counter()
+        found = score()
+        self.seconds += time.perf_counter() - start
+        self.shares.append(found.share)
+        return found
+
+
+def compare_stopping(trained: Trained, data: DataSplits, limits: Limits, number: int, num_seeds: int) -> dict[str, Any]:
+    """Search to the end of every score and stopping early, seed by seed; return what the latter spares and loses."""
+    rows: list[dict[str, Any]] = []
+    judge = trained.scorer(data)
+    for seed in range(num_seeds):
+        found: dict[bool, tuple[SearchResult, _TimedScore]] = {}
+        for stops in (seed % 2 == 0, seed % 2 == 1):
+            score = _TimedScore(trained.scorer(data))
+            found[stops] = trained.evolve("guided", limits, score, number, seed, early_stopping=stops), score
+        (stopping, spared), (whole, all_of_it) = found[True], found[False]
+        rows.append(
+            {
+                "best": round(whole.best.score, 3),
+                "best_stopping_early": round(stopping.best.score, 3),
+                "stopped": sum(one.is_estimate for one in stopping.evaluated),
+                "wrongly": wrong_stops(stopping, judge),
+                "share_of_images": round(float(np.mean(spared.shares)), 3),
+                "seconds_scoring": round(all_of_it.seconds, 1),
+                "seconds_scoring_stopping_early": round(spared.seconds, 1),
+                "share_of_scoring_time": round(spared.seconds / all_of_it.seconds, 3),
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
+    return {
+        "images": {name: len(getattr(data, name)) for name in ("calibration", "validation")},
+        "share_of_images": _median([row["share_of_images"] for row in rows]),
+        "share_of_scoring_time": _median([row["share_of_scoring_time"] for row in rows]),
+        "seeds": rows,
+    }
+
+
+def wrong_stops(found: SearchResult, score: SupernetScore) -> int:
+    """Return how many candidates were stopped that are better, on all images, than the best that was known then."""
+    best, wrong = -np.inf, 0
+    for one in found.evaluated:
+        if one.is_estimate:
+            wrong += score(one.widths) > best
+        else:
+            best = max(best, one.score)
+    return wrong
 
 
 def summary(searches: Sequence[Search]) -> dict[str, Any]:

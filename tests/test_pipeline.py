@@ -1,5 +1,6 @@
 """`psenet.prune` from end to end: what comes out, and that it is true."""
 
+import functools
 import itertools
 import json
 import subprocess
@@ -208,6 +209,35 @@ def test_every_scored_candidate_is_kept_with_its_costs(finished: _Finished):
         net = make_net(*(one["widths"][group] for group in GROUPS))
         assert (one["macs"], one["params"]) == (count_macs(net), count_params(net))
         assert one["memory"] > 0 and "latency_ms" not in one
+
+
+def test_what_was_stopped_early_is_kept_with_its_share(
+    tmp_path: Path, quick_export: None, monkeypatch: pytest.MonkeyPatch
+):
+    # Sixty images are too few for it, as it is.
+    monkeypatch.setattr("psenet.evaluate.LEAST_SEEN", 8)
+    monkeypatch.setattr("psenet.evaluate.BETWEEN_LOOKS", 1)
+    monkeypatch.setattr("psenet.evaluate.shuffled", functools.partial(_in_batches_of, 4))
+    lines: list[str] = []
+    config = short_config(num_evaluations=24, num_front_evaluations=20)
+    record = prune_net(tmp_path / "run", config=config, say=lines.append).record
+    candidates = json.loads((tmp_path / "run/stages/evaluated.json").read_text())["candidates"]
+    trials = _study(tmp_path / "run").trials
+    shares = {tuple(trial.params.values()): round(trial.user_attrs.get("psenet_share", 1), 4) for trial in trials}
+    kept = {tuple(one["widths"].values()): one for one in candidates}
+    assert min(shares.values()) < 0.5
+    for widths, share in shares.items():
+        assert kept[widths]["share"] in (share, 1)  # the search for the front may have scored it to the end
+    whole = [float(trial.values[0]) for trial in trials if "psenet_share" not in trial.user_attrs]
+    assert record["search"]["best_score"] == max(whole)
+    num_stopped = sum(share < 1 for share in shares.values())
+    assert any(line.startswith(f"{num_stopped} candidates were stopped early") for line in lines)
+    prune_net(tmp_path / "other", config=replace(config, early_stopping=False, num_front_evaluations=0))
+    assert all("psenet_share" not in trial.user_attrs for trial in _study(tmp_path / "other").trials)
+
+
+def _in_batches_of(size: int, batches: Any, *, ignored: int) -> Any:
+    return [(x[place : place + size], y[place : place + size]) for x, y in batches for place in range(0, len(x), size)]
 
 
 def test_candidates_of_all_costs_are_kept_for_the_front(tmp_path: Path, quick_export: None):

@@ -81,7 +81,7 @@ _PLACES = {
     "start of the baseline": ("psenet.training.plain.mixed_loss", 2),
     "start of the supernet": ("psenet.training.steps.mixed_loss", 2),
     # One score is asked for each candidate.
-    "search": ("psenet.task.soft_accuracy", 4),
+    "search": ("psenet.scoring.scored", 4),
     "choice": ("psenet.task.paired_difference", 1),
     # Between a stage's work and its result.
     "writing the baseline": ("psenet.rundir.write_weights", 1),
@@ -116,8 +116,8 @@ def test_a_run_that_was_interrupted_again_and_again_ends_as_if_it_had_not_been(
         ("psenet.training.plain.mixed_loss", 4),
         ("psenet.training.plain.mixed_loss", 3),
         ("psenet.training.steps.mixed_loss", 5),
-        ("psenet.task.soft_accuracy", 2),
-        ("psenet.task.soft_accuracy", 3),
+        ("psenet.scoring.scored", 2),
+        ("psenet.scoring.scored", 3),
         ("psenet.training.plain.mixed_loss", 5),
         ("psenet.training.plain.mixed_loss", 6),
         ("psenet.pipeline.export_model", 1),

@@ -1,6 +1,7 @@
 """The supernet's ranking against subnets trained alone."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,16 @@ def test_weights_that_cannot_be_made_anew_are_named():
     net.register_parameter("scale", nn.Parameter(torch.ones(1)))
     with pytest.raises(InputError, match="cannot be trained alone from new weights: scale belong to modules"):
         _renew(net)
+
+
+def test_estimates_are_not_compared(finished: Path, tmp_path: Path):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    path = run / "stages/evaluated.json"
+    content = json.loads(path.read_text())
+    for one in content["candidates"][2:]:
+        one["share"] = 0.5
+    path.write_text(json.dumps(content))
+    record = verify_ranking(_open(run, []), 4)
+    assert [one["widths"] for one in record["subnets"]] == [
+        one["widths"] for one in sorted(content["candidates"][:2], key=lambda one: one["score"])
+    ]

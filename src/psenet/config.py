@@ -53,6 +53,8 @@ class PruneConfig:
     """Compile the supernet's passes; see `psenet.Supernet`."""
     num_evaluations: int = 100
     """Candidates that the search scores."""
+    early_stopping: bool = True
+    """Score a candidate only until it is hopeless beside the best so far; see `psenet.search`."""
     num_front_evaluations: int = 24
     """Candidates scored besides over all costs, for the Pareto front of the report; 0 for none."""
     divisor: int = 8

@@ -6,10 +6,12 @@ arXiv 1903.05134, section 3.3).
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -18,6 +20,8 @@ from psenet.devices import device_of, to_device
 from psenet.errors import InputError
 from psenet.inputs import as_arguments
 from psenet.memory_format import ImageLayout
+from psenet.scoring import Scored
+from psenet.stopping import BETWEEN_LOOKS, LEAST_SEEN, is_hopeless, shuffled
 from psenet.widths import Widths
 
 IGNORED = -100
@@ -27,6 +31,10 @@ ForwardFn = Callable[[nn.Module, Any], Any]
 ScoreFn = Callable[[nn.Module, Any], float]
 """`score_fn(module, batches)` goes through the batches, a list or a DataLoader, and returns a score, higher is better;
 the module comes in eval mode, without gradients."""
+ValueFn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""`value_fn(logits, labels)` returns what a score is the mean of: one value for each label."""
+_RIVALS_KEPT = 32
+"""Settings whose values at all samples are remembered: the best so far of several budgets, and all first candidates."""
 
 
 class HasSubnets(Protocol):
@@ -109,7 +117,7 @@ def accuracy(module: nn.Module, batches: Iterable[Any], *, forward_fn: ForwardFn
         # Counted on the device: the one transfer at the end is the only point that waits for an accelerator.
         for batch in (to_device(batch, place) for batch in batches):
             logits, labels = _checked(run(module, batch), batch)
-            num_correct = num_correct + (logits.argmax(dim=1) == labels).sum()
+            num_correct = num_correct + _is_right(logits, labels).sum()
             all_finite = torch.isfinite(logits).all() & all_finite
             num_labels = num_labels + (labels != IGNORED).sum()
     if num_labels == 0:
@@ -133,10 +141,8 @@ def soft_accuracy(module: nn.Module, batches: Iterable[Any], *, forward_fn: Forw
     def run_and_add(module: nn.Module, batch: Any) -> Any:
         nonlocal total, num_labels
         logits, labels = _checked(run(module, batch), batch)
-        counts = labels != IGNORED
-        true = logits.float().softmax(dim=1).gather(1, (labels * counts).unsqueeze(1)).squeeze(1)
-        total = total + (true * counts).sum()
-        num_labels = num_labels + counts.sum()
+        total = total + _true_probability(logits, labels).sum()
+        num_labels = num_labels + (labels != IGNORED).sum()
         return logits
 
     is_finite = math.isfinite(accuracy(module, batches, forward_fn=run_and_add))
@@ -153,7 +159,7 @@ def right_answers(module: nn.Module, batches: Iterable[Any], *, forward_fn: Forw
     with eval_mode(module), torch.no_grad():
         for batch in (to_device(batch, place) for batch in batches):
             logits, labels = _checked(run(module, batch), batch)
-            right.append((logits.argmax(dim=1) == labels)[labels != IGNORED].cpu())
+            right.append(_is_right(logits, labels)[labels != IGNORED].cpu())
     return torch.cat(right)
 
 
@@ -211,6 +217,10 @@ class SupernetScore:
     Calling it with `Widths` returns the score, higher is better. Nothing of the supernet changes, and the same widths
     give the same score.
 
+    A search may ask for less, whether a subnet has any hope to beat another: `against`. That spares samples where the
+    score is a mean over them (`accuracy`, `soft_accuracy`) and every sample is a tensor with one label; the samples are
+    then put into an order of their own. Any other score, and one of dense labels, takes all samples every time.
+
     Args:
         supernet: Gives out subnets with normalisation statistics of their own.
         calibration: Batches for the statistics; may come from training data.
@@ -252,25 +262,122 @@ class SupernetScore:
                 f"scoring needs at least one batch each for calibration and validation; {' and '.join(empty)} gave "
                 "none: check the data, or whether drop_last leaves out the only batch"
             )
+        self._value_fn = _value_fn(score_fn)
+        samples = None if self._value_fn is None else shuffled(self._validation, ignored=IGNORED)
+        if samples is None:
+            self._value_fn = None
+        else:
+            self._validation = samples
+        self._known: OrderedDict[Widths, np.ndarray] = OrderedDict()
 
     def __call__(self, widths: Widths) -> float:
-        """Return the score of a subnet, NaN if its outputs are not finite (default score)."""
-        module = self._supernet.subnet(widths)
-        if not self._is_laid_out:
-            self._lay_out(module)
-        recalibrate(module, self._calibration, forward_fn=self._forward_fn)
+        """Return the score of a subnet, NaN if its outputs are not finite (scores of this module)."""
+        if self._value_fn is not None:
+            return _percent(self._measured(widths))
+        module = self._recalibrated(widths)
         if self._score_fn is None:
             return accuracy(module, self._validation, forward_fn=self._forward_fn)
         with eval_mode(module), torch.no_grad():
             return float(self._score_fn(module, self._validation))
 
+    def against(self, widths: Widths, rival: Widths) -> Scored:
+        """Score a subnet, but no further than it takes to see that it is hopeless beside another one.
+
+        After 256 samples, and then after every 64 or more, both are compared on the samples seen; see
+        `psenet.stopping.is_hopeless`. The same two settings give the same result every time, in any process.
+
+        Args:
+            widths: The setting to score.
+            rival: What it would have to beat. Scored on all samples, unless it is among the latest few that were:
+                these are remembered, so a supernet that has been trained on needs a new object.
+
+        Returns:
+            The score as a call returns it. If the subnet is hopeless, the rival's score plus the mean difference on the
+            samples seen, which is below the rival's score, and their share.
+        """
+        if self._value_fn is None:
+            return Scored(self(widths))
+        if rival in self._known:
+            self._known.move_to_end(rival)
+        rival_N = self._known[rival] if rival in self._known else self._measured(rival)
+        seen_M, num_looked = np.empty(0), LEAST_SEEN - BETWEEN_LOOKS
+        for more in self._values(self._recalibrated(widths)):
+            seen_M = np.concatenate([seen_M, _plain(more)])
+            share = len(seen_M) / len(rival_N)
+            if not np.isfinite(seen_M[-len(more) :]).all():
+                return Scored(math.nan, share)
+            if len(seen_M) - num_looked < BETWEEN_LOOKS:
+                continue
+            num_looked = len(seen_M)
+            difference_M = seen_M - rival_N[:num_looked]
+            if is_hopeless(difference_M, len(rival_N)):
+                return Scored(_percent(rival_N) + _percent(difference_M), share)
+        self._remember(widths, seen_M)
+        return Scored(_percent(seen_M))
+
+    def _recalibrated(self, widths: Widths) -> nn.Module:
+        module = self._supernet.subnet(widths)
+        if not self._is_laid_out:
+            self._lay_out(module)
+        recalibrate(module, self._calibration, forward_fn=self._forward_fn)
+        return module
+
+    def _measured(self, widths: Widths) -> np.ndarray:
+        """Return what the score of a setting is the mean of, at all N samples: float64, shape (N,)."""
+        values_N = _plain(torch.cat(list(self._values(self._recalibrated(widths)))))
+        self._remember(widths, values_N)
+        return values_N
+
+    def _values(self, module: nn.Module) -> Iterator[torch.Tensor]:
+        """Yield what the score is the mean of, batch for batch, shape (B,); NaN where an output is not finite."""
+        assert self._value_fn is not None
+        run = _forward_first if self._forward_fn is None or self._score_fn is not None else self._forward_fn
+        with eval_mode(module), torch.no_grad():
+            for batch in self._validation:
+                logits, labels = _checked(run(module, batch), batch)
+                values_B = self._value_fn(logits, labels).float()
+                yield values_B.where(torch.isfinite(logits).all(), math.nan)
+
+    def _remember(self, widths: Widths, values_N: np.ndarray) -> None:
+        self._known[widths] = values_N
+        self._known.move_to_end(widths)
+        if len(self._known) > _RIVALS_KEPT:
+            self._known.popitem(last=False)
+
     def _lay_out(self, module: nn.Module) -> None:
         """Put the images channels-last, once, if the subnets can read them so: less than 3/4 of the time on a CPU."""
         layout = ImageLayout(module)
         with eval_mode(module):
-            self._calibration = [_laid_out(batch, layout) for batch in self._calibration]
-            self._validation = [_laid_out(batch, layout) for batch in self._validation]
+            for batches in (self._calibration, self._validation):
+                for number, batch in enumerate(batches):  # one by one: there may be little memory for all twice
+                    batches[number] = _laid_out(batch, layout)
         self._is_laid_out = True
+
+
+def _value_fn(score_fn: ScoreFn | None) -> ValueFn | None:
+    """Return what a score of this module is the mean of, in percent; None of any other score."""
+    if score_fn is None or score_fn is accuracy:
+        return _is_right
+    return _true_probability if score_fn is soft_accuracy else None
+
+
+def _is_right(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return where the class with the largest logit is the true one, of the shape of the labels."""
+    return logits.argmax(dim=1) == labels
+
+
+def _true_probability(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the probability of the true class, of the shape of the labels; 0 where none counts."""
+    counts = labels != IGNORED
+    return logits.float().softmax(dim=1).gather(1, (labels * counts).unsqueeze(1)).squeeze(1) * counts
+
+
+def _plain(values: torch.Tensor) -> np.ndarray:
+    return values.cpu().double().numpy()
+
+
+def _percent(values: np.ndarray) -> float:
+    return 100.0 * float(values.mean())
 
 
 def _laid_out(batch: Any, layout: ImageLayout) -> Any:

@@ -33,6 +33,7 @@ def search(
     population_size: int = 16,
     progress: Callable[[SearchProgress], None] | None = None,
     learn: bool = True,
+    early_stopping: bool = True,
     workers: int = 1,
 ) -> SearchResult:
     """Find the best widths inside a budget.
@@ -58,6 +59,10 @@ def search(
         population_size: Parents are chosen among so many best candidates.
         progress: Called in this process after every candidate that this search scored.
         learn: Whether the prior learns from the candidates.
+        early_stopping: Score a candidate only until it is hopeless to beat the best so far, where `score_fn` is a
+            `SupernetScore` that can, or has an `against` of its own; see `psenet.SupernetScore.against`. Not before
+            there are `population_size` evaluations, and never one of `first`. What was stopped has an estimate for a
+            score, from which the search learns as from any other.
         workers: Score in so many processes, which share this one's threads; 1 to score in this process. One that is
             killed is warned of, and the others score its candidate again.
 
@@ -86,6 +91,7 @@ def search(
         population_size=population_size,
         progress=progress,
         learn=learn,
+        early_stopping=early_stopping,
         workers=workers,
     )
     return found
@@ -106,6 +112,8 @@ def search_each(
     population_size: int = 16,
     progress: Callable[[SearchProgress], None] | None = None,
     learn: bool = True,
+    early_stopping: bool = True,
+    keep_front: bool = False,
     workers: int = 1,
 ) -> list[SearchResult]:
     """Find the best widths inside each of several budgets, in one search that shares all evaluations.
@@ -128,6 +136,9 @@ def search_each(
         population_size: Parents are chosen among so many best candidates inside the budget whose turn it is.
         progress: Called after every candidate.
         learn: Whether the prior learns from the candidates.
+        early_stopping: Score a candidate only until it is hopeless to be the best inside any of its budgets.
+        keep_front: Stop a candidate only where it is hopeless beside what costs no more, so that no evaluation of the
+            Pareto front is lost.
         workers: Score in so many processes.
 
     Returns:
@@ -149,7 +160,17 @@ def search_each(
     with _quiet_optuna(), open_scorer(score_fn, workers) as scorer:
         study = open_study(storage, study_name or "psenet", sampler, space)
         put_back_orphans(study)
-        run = StudyRun(space, limits, study, sampler, first=first, num_evaluations=num_evaluations, progress=progress)
+        run = StudyRun(
+            space,
+            limits,
+            study,
+            sampler,
+            first=first,
+            num_evaluations=num_evaluations,
+            least_rivals=population_size if early_stopping else None,
+            keep_front=keep_front,
+            progress=progress,
+        )
         return run.until_done(scorer)
 
 

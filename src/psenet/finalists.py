@@ -66,7 +66,9 @@ def search_measured(space: WidthSpace, limits: Limits, search_within: SearchWith
     within = limits
     for number in range(1, _MOST_ROUNDS + 1):
         found = search_within(within)
-        finalists = sorted(found.evaluated, key=lambda one: -one.score)[:_NUM_FINALISTS]
+        # What was stopped early is left out: hopeless beside the best, it would have to be scored first.
+        whole = (one for one in found.evaluated if not one.is_estimate)
+        finalists = sorted(whole, key=lambda one: -one.score)[:_NUM_FINALISTS]
         measured_F = np.asarray(measure_ms([one.widths for one in finalists]), dtype=np.float64)
         predicted_F = space.latency_ms([one.widths for one in finalists])
         keeps_F = measured_F <= goal_ms * (1 + _TOLERANCE)

@@ -1,5 +1,6 @@
 """What a search returns, and what it tells while it runs."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from psenet.widths import Widths
@@ -14,6 +15,14 @@ class Evaluation:
     """What the score function returned; higher is better."""
     macs: int
     params: int
+    share: float = 1.0
+    """Share of the validation samples that its score is from; below 1 the score is an estimate, because it was
+    hopeless."""
+
+    @property
+    def is_estimate(self) -> bool:
+        """Whether it was stopped early."""
+        return self.share < 1
 
 
 @dataclass(frozen=True)
@@ -21,7 +30,7 @@ class SearchResult:
     """What a search found inside one budget."""
 
     best: Evaluation
-    """The evaluation with the highest score; the earliest of equals."""
+    """The evaluation with the highest score, estimates left out; the earliest of equals."""
     evaluated: tuple[Evaluation, ...]
     """Every evaluation with a finite score, in order, those of earlier runs on the same storage first."""
     num_failed: int
@@ -43,11 +52,12 @@ class SearchProgress:
     last: Evaluation | None
     """The candidate just evaluated; None if its score was not finite."""
     best: Evaluation | None
-    """The best so far, of several budgets that of all together."""
+    """The best so far, of several budgets that of all together; estimates left out."""
     seconds_left: float | None = None
     """Guessed from the median time of this call's evaluations, shared by its workers; None before the first."""
 
 
-def best_of(evaluated: list[Evaluation]) -> Evaluation | None:
-    """Return the evaluation with the highest score, the earliest of equals; None of none."""
-    return max(evaluated, key=lambda evaluation: evaluation.score, default=None)
+def best_of(evaluated: Iterable[Evaluation]) -> Evaluation | None:
+    """Return the evaluation with the highest score, the earliest of equals; None of none. Estimates are left out."""
+    whole = (evaluation for evaluation in evaluated if not evaluation.is_estimate)
+    return max(whole, key=lambda evaluation: evaluation.score, default=None)

@@ -26,7 +26,7 @@ class FrontResult:
     """What a search over a range of budgets found."""
 
     front: tuple[Evaluation, ...]
-    """The evaluations that no other one beats in score and cost, ascending in cost."""
+    """The evaluations that no other one beats in score and cost, ascending in cost; estimates left out."""
     evaluated: tuple[Evaluation, ...]
     """Every evaluation with a finite score, in order."""
     budgets: tuple[Limits, ...]
@@ -36,7 +36,7 @@ class FrontResult:
     space: WidthSpace = field(repr=False)
 
     def best_within(self, budget: Budget | Limits) -> Evaluation:
-        """Return the evaluation with the highest score inside a budget, the earliest of equals.
+        """Return the evaluation with the highest score inside a budget, the earliest of equals; estimates left out.
 
         Raises:
             InputError: No evaluation is inside the budget.
@@ -69,6 +69,7 @@ def search_front(
     population_size: int = 16,
     progress: Callable[[SearchProgress], None] | None = None,
     learn: bool = True,
+    early_stopping: bool = True,
     workers: int = 1,
 ) -> FrontResult:
     """Find the best widths at every cost between two budgets.
@@ -89,6 +90,7 @@ def search_front(
         population_size: Parents are chosen among so many best candidates inside the budget whose turn it is.
         progress: Called after every candidate.
         learn: Whether the prior learns from the candidates.
+        early_stopping: Score a candidate only until it is hopeless beside what costs no more.
         workers: Score in so many processes.
 
     Returns:
@@ -113,13 +115,16 @@ def search_front(
         population_size=population_size,
         progress=progress,
         learn=learn,
+        early_stopping=early_stopping,
+        keep_front=True,
         workers=workers,
     )
     # Every budget lies inside the last one.
     evaluated = results[-1].evaluated
-    widths_NG = space.to_array([evaluation.widths for evaluation in evaluated])
+    whole = [evaluation for evaluation in evaluated if not evaluation.is_estimate]
+    widths_NG = space.to_array([evaluation.widths for evaluation in whole])
     costs_NR = np.stack([cost_of(space, resource, widths_NG) for resource, _ in budgets[-1].each()], axis=1)
-    front = pareto_front(evaluated, costs_NR)
+    front = pareto_front(whole, costs_NR)
     return FrontResult(tuple(front), evaluated, tuple(budgets), tuple(results), space)
 
 

@@ -19,6 +19,7 @@ from psenet.predictor import Predictor
 from psenet.prior import Prior
 from psenet.proposal import Proposal
 from psenet.space import WidthSpace
+from psenet.storage import numbers_retried
 from psenet.widths import Widths
 
 _TRIES = 16
@@ -169,9 +170,14 @@ class PriorEvolutionSampler(BaseSampler):
 
     def read(self, trials: Iterable[FrozenTrial]) -> Tried:
         """Return what the trials of a study, in any state, say."""
+        trials = list(trials)
+        # Their widths count once, with the score of the trial that tries them again.
+        superseded = numbers_retried(trials)
         rows: list[np.ndarray] = []
         scores: list[float] = []
         for trial in trials:
+            if trial.number in superseded:
+                continue
             row_G = self._levels_of(trial)
             if row_G is not None:
                 rows.append(row_G)

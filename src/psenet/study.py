@@ -1,5 +1,6 @@
 """One search on an open study: propose, score, keep, until there are enough evaluations or none is left."""
 
+import contextlib
 import math
 import statistics
 import uuid
@@ -11,7 +12,7 @@ from psenet.found import SearchProgress, SearchResult, best_of
 from psenet.scoring import Outcome, Scorer
 from psenet.space import WidthSpace
 from psenet.storage import RETRY_OF, WORKER, numbers_retried, put_back, worker_name
-from psenet.tally import BAD_SCORE, PREDICTED, StudyReader, Tally
+from psenet.tally import BAD_SCORE, PREDICTED, SHARE, StudyReader, Tally
 from psenet.widths import Widths
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ class StudyRun:
         sampler: Proposes settings.
         first: Settings to evaluate before all others.
         num_evaluations: How many evaluations inside any of the budgets to have in the end.
+        least_rivals: A candidate is scored against the best of at least so many evaluations, and so perhaps not to its
+            end; None to score all to the end.
+        keep_front: Whether that is the best of what costs no more, not that of the budgets.
         progress: Called after every candidate.
     """
 
@@ -48,6 +52,8 @@ class StudyRun:
         *,
         first: Sequence[Widths],
         num_evaluations: int,
+        least_rivals: int | None,
+        keep_front: bool,
         progress: Callable[[SearchProgress], None] | None,
     ) -> None:
         self._space = space
@@ -57,6 +63,8 @@ class StudyRun:
         self._sampler = sampler
         self._first = tuple(first)
         self._num_evaluations = num_evaluations
+        self._least_rivals = least_rivals
+        self._keep_front = keep_front
         self._progress = progress
         self._running: dict[int, FrozenTrial] = {}
         self._exhausted: set[int] = set()
@@ -76,11 +84,14 @@ class StudyRun:
                 tally = self._reader.read()
                 is_enough = self._is_enough(tally)
                 turns = self._turns(tally, is_enough=is_enough)
+                again = None if self._running or turns else self._doubtful(tally)
                 if scorer.num_free and (turns or (tally.left_over and not is_enough)):
                     self._start(tally, turns, scorer)
-                elif self._running or (turns and not scorer.num_workers):
+                elif self._running or ((turns or again) and not scorer.num_workers):
                     for outcome in scorer.wait():
                         self._finish(outcome, scorer)
+                elif again is not None:
+                    self._score(self._begin_again(again), tally, scorer)
                 else:
                     return [self._result(tally, budget) for budget in range(len(self._budgets))]
         except BaseException:
@@ -126,9 +137,7 @@ class StudyRun:
     # One candidate ------------------------------------------------------------------------------------------------
 
     def _start(self, tally: Tally, turns: list[int], scorer: Scorer) -> None:
-        """Begin to score a candidate: one that was put back, else a new one; none if another search is at it."""
-        from optuna.trial import TrialState
-
+        """Begin to score a candidate: one that was put back, else a new one."""
         if tally.left_over:
             trial = self._begin_again(tally.left_over[0])
         else:
@@ -138,13 +147,34 @@ class StudyRun:
                 return
             predicted = self._sampler.predict(tried, widths)
             trial = self._begin(widths, {} if predicted is None else {PREDICTED: predicted})
+        self._score(trial, tally, scorer)
+
+    def _score(self, trial: "FrozenTrial", tally: Tally, scorer: Scorer) -> None:
+        """Hand a candidate to the scorer, unless another search is at it."""
+        from optuna.trial import TrialState
+
         widths = self._reader.widths(trial)
         # A search of other budgets on this storage may have left what is outside these.
         if not self._reader.budgets_of(widths) or self._is_taken(trial):
             self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
             return
         self._running[trial.number] = trial
-        scorer.start(trial.number, widths)
+        scorer.start(trial.number, widths, self._rival(tally, widths))
+
+    def _rival(self, tally: Tally, widths: Widths) -> Widths | None:
+        """Return what a candidate is scored against, by nothing but the study; None to score it to its end."""
+        if self._least_rivals is None or widths in self._first:
+            return None
+        if self._keep_front:
+            rival = tally.rival_on_front(self._reader.costs_of(widths), least=self._least_rivals)
+        else:
+            rival = tally.rival(self._reader.budgets_of(widths), least=self._least_rivals)
+        return None if rival is None else rival.widths
+
+    def _doubtful(self, tally: Tally) -> "FrozenTrial | None":
+        """Return an estimate that may be the best inside a budget, to be scored again."""
+        found = (tally.doubtful(budget) for budget in range(len(self._budgets)))
+        return next((entry.trial for entry in found if entry is not None), None)
 
     def _next_first(self, trials: "list[FrozenTrial]") -> Widths | None:
         params = [trial.params for trial in trials] if self._first else []
@@ -199,21 +229,31 @@ class StudyRun:
 
     def _finish(self, outcome: Outcome, scorer: Scorer) -> None:
         """Keep a score; put the candidate back if its worker died."""
-        from optuna.trial import Trial, TrialState
+        from optuna.trial import TrialState
 
         trial = self._running[outcome.key]
         if outcome.score is None:
             put_back(self._study, trial.number)
         elif math.isfinite(outcome.score):
+            if outcome.share < 1:
+                self._note(trial, SHARE, outcome.share)
             self._study.tell(trial.number, outcome.score, skip_if_finished=True)
         else:
-            Trial(self._study, trial._trial_id).set_user_attr(BAD_SCORE, str(outcome.score))
+            self._note(trial, BAD_SCORE, str(outcome.score))
             self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
         del self._running[outcome.key]
         if outcome.score is not None:
             self._seconds.append(outcome.seconds)
             if self._progress is not None:
                 self._progress(self._told(outcome.key, scorer.num_workers))
+
+    def _note(self, trial: "FrozenTrial", name: str, value: float | str) -> None:
+        """Keep something beside a score, unless another search has put the candidate back meanwhile."""
+        from optuna.exceptions import UpdateFinishedTrialError
+        from optuna.trial import Trial
+
+        with contextlib.suppress(UpdateFinishedTrialError):
+            Trial(self._study, trial._trial_id).set_user_attr(name, value)
 
     def _told(self, number: int, num_workers: int) -> SearchProgress:
         evaluated = self._reader.read().evaluated()

@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from psenet.errors import InputError, first_line
-from psenet.scoring import Outcome, ScoreHere, ScoreOf, Scorer
+from psenet.scoring import Outcome, Scored, ScoreHere, ScoreOf, Scorer, scored
 from psenet.widths import Widths
 
 _GRACE = 5.0
@@ -98,12 +98,12 @@ class WorkerPool:
                 theirs.close()
                 self._workers.append(_Worker(process, ours))
 
-    def start(self, key: int, widths: Widths) -> None:
+    def start(self, key: int, widths: Widths, rival: Widths | None = None) -> None:
         """Send a candidate to a worker that has nothing to do."""
         worker = next(worker for worker in self._workers if worker.key is None)
         worker.key, worker.begin = key, time.perf_counter()
         try:
-            worker.connection.send(widths)
+            worker.connection.send((widths, rival))
         except OSError:
             # It died since; `wait` finds that out.
             pass
@@ -146,14 +146,14 @@ class WorkerPool:
             worker.process.join(_GRACE)
         return [] if worker.process.is_alive() else self._bury(worker)
 
-    def _outcome(self, worker: _Worker, message: tuple[float | None, bytes, str]) -> list[Outcome]:
-        score, error, trace = message
-        if score is None:
+    def _outcome(self, worker: _Worker, message: tuple[Scored | None, bytes, str]) -> list[Outcome]:
+        found, error, trace = message
+        if found is None:
             self._error = _unpickled(error, trace)
             self._error.__cause__ = RuntimeError(f"in a worker process:\n{trace}")
             return []
         assert worker.key is not None
-        outcome = Outcome(worker.key, score, time.perf_counter() - worker.begin)
+        outcome = Outcome(worker.key, found.score, time.perf_counter() - worker.begin, found.share)
         worker.key = None
         return [outcome]
 
@@ -199,13 +199,13 @@ def _score_on_demand(connection: Connection, payload: bytes, num_threads: int) -
     torch.set_num_threads(num_threads)
     try:
         score_fn = _loaded(payload)
-        for widths in iter(lambda: _received(connection), None):
-            connection.send((float(score_fn(widths)), b"", ""))
+        for widths, rival in iter(lambda: _received(connection), None):
+            connection.send((scored(score_fn, widths, rival), b"", ""))
     except BaseException as error:
         connection.send((None, _as_bytes(error), traceback.format_exc()))
 
 
-def _received(connection: Connection) -> Widths | None:
+def _received(connection: Connection) -> tuple[Widths, Widths | None] | None:
     try:
         return connection.recv()
     except EOFError:

@@ -114,26 +114,4 @@ RECIPES = (
         "model: {name: timm:resnet18, pretrained: true, weights: w.pth}\ndata: {source: digits}\nbudget: {macs: 50%}\n",
         "recipe.yaml:1: model: pretrained weights and a weights file exclude each other; give one of them",
     ),
-    Case(
-        name="a recipe, perhaps a stranger's, that names a factory",
-        command=_PRUNE,
-        files={
-            "recipe.yaml": "model: {name: 'strange:net'}\ndata: {source: digits}\nbudget: {macs: 50%}\n",
-            "strange.py": "open('run', 'w')",
-        },
-        says=(
-            "the recipe recipe.yaml is of 'strange:net'",
-            "not trusted to import",
-            "name it, if you trust it: --model strange:net",
-        ),
-    ),
-    Case(
-        name="a recipe that names a factory, for one stage",
-        command="train run --recipe recipe.yaml",
-        files={
-            "recipe.yaml": "model: {name: 'strange:net'}\ndata: {source: digits}\nbudget: {macs: 50%}\n",
-            "strange.py": "open('run', 'w')",
-        },
-        says=("the recipe recipe.yaml is of 'strange:net'", "name it, if you trust it: --factory strange:net"),
-    ),
 )

@@ -158,6 +158,34 @@ def test_the_front_is_what_no_cheaper_candidate_equals(finished_run: Path):
     assert [front["x"], front["y"]] == [[one[key] for one in choices] for key in ("share", "score")]
 
 
+def _stop(run: Path, *, all_of_them: bool = False) -> dict[str, Any]:
+    """Make the best candidate, or all, one that was stopped early; return the best."""
+    path = run / "stages/evaluated.json"
+    content = json.loads(path.read_text())
+    best = max(content["candidates"], key=lambda one: one["score"])
+    for one in content["candidates"]:
+        one["share"] = 0.25 if all_of_them or one is best else 1.0
+    path.write_text(json.dumps(content))
+    return best
+
+
+def test_an_estimate_is_shown_as_one_and_never_as_the_best_or_on_the_front(run: Path):
+    best = _stop(run)
+    data = Page(write_report(run)[0]).data
+    everything, front, winner = data["front-chart-spec"]["data"][:3]
+    place = everything["y"].index(best["score"])
+    assert "(an estimate: hopeless after 25\u00a0% of the validation data)" in everything["text"][place]
+    assert sum("estimate" in text for text in everything["text"]) == 1
+    others = [score for score in everything["y"] if score != best["score"]]
+    assert winner["y"] == [max(others)] and best["score"] not in front["y"]
+    assert all(one["score"] != best["score"] for one in data["front-chart-choices"]["choices"])
+
+
+def test_a_run_of_estimates_only_has_no_front(run: Path):
+    _stop(run, all_of_them=True)
+    assert "No scored candidates are there to show." in Page(write_report(run)[0]).text
+
+
 def test_every_chart_is_one_that_plotly_knows(finished_run: Path, tmp_path: Path):
     run = hostile_copy(finished_run, tmp_path)
     specs = {name: spec for name, spec in Page(write_report(run)[0]).data.items() if name.endswith("-spec")}

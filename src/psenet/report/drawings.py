@@ -43,7 +43,7 @@ def draw_front(
             **style,
         }
 
-    best = [max(candidates, key=lambda one: one.score)]
+    best = [max((one for one in candidates if not one.is_estimate), key=lambda one: one.score)]
     chosen = [one for one in candidates if dict(one.widths) == dict(kept)][:1]
     marks = {"mode": "markers"}
     data = [
@@ -165,8 +165,9 @@ def _outline() -> dict[str, Any]:
 
 def _hover(one: Candidate, words: Words) -> str:
     """Return a candidate for the pointer; plotly reads tags in it, so names are escaped."""
+    stopped = f" ({words('estimate', share=percent(100 * one.share, 0))})" if one.is_estimate else ""
     lines = [
-        f"<b>{words('score')} {percent(one.score)}</b>",
+        f"<b>{words('score')} {percent(one.score)}</b>{stopped}",
         f"{words('macs')} {short(one.macs)}, {words('params')} {short(one.params)}",
     ]
     if one.memory is not None:

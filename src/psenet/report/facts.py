@@ -71,6 +71,13 @@ class Candidate:
     params: float
     memory: float | None = None
     latency_ms: float | None = None
+    share: float = 1.0
+    """Of the validation samples, which the score is from; below 1 it is an estimate."""
+
+    @property
+    def is_estimate(self) -> bool:
+        """Whether its scoring was stopped early."""
+        return self.share < 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,7 +332,7 @@ def _frozen(record: Any) -> FrozenFacts:
 
 
 def _candidates(content: Any) -> tuple[Candidate, ...]:
-    optional = ("memory", "latency_ms")
+    optional = ("memory", "latency_ms", "share")
     return tuple(
         Candidate(
             widths={_text(name): _count(width) for name, width in one["widths"].items()},

@@ -82,9 +82,13 @@ def _speed_up(base: NetFacts, net: NetFacts) -> str:
 
 
 def pareto_front(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Return the candidates that are better than every one as cheap or cheaper, by MACs, ascending."""
+    """Return the candidates that are better than every one as cheap or cheaper, by MACs, ascending.
+
+    Those whose scoring was stopped early are left out.
+    """
     front: list[Candidate] = []
-    for one in sorted(candidates, key=lambda one: (one.macs, -one.score)):
+    whole = (one for one in candidates if not one.is_estimate)
+    for one in sorted(whole, key=lambda one: (one.macs, -one.score)):
         if not front or one.score > front[-1].score:
             front.append(one)
     return front
@@ -93,9 +97,10 @@ def pareto_front(candidates: Sequence[Candidate]) -> list[Candidate]:
 def front_section(facts: RunFacts, words: Words) -> Section:
     """Return what the search scored: the front, and a slider over it."""
     base = facts.nets.get("baseline")
-    if not facts.candidates or base is None or not base.macs:
+    front = pareto_front(facts.candidates)
+    if not front or base is None or not base.macs:
         return _empty("front", words, "no_candidates")
-    front, full_macs = pareto_front(facts.candidates), base.macs
+    full_macs = base.macs
     data, layout = draw_front(
         facts.candidates, front, full_macs=full_macs, kept=facts.result.get("widths") or {}, words=words
     )

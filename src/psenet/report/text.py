@@ -155,6 +155,10 @@ TEXT: Mapping[str, tuple[str, str]] = {
     "picked": ("your pick", "選択中"),
     "macs_axis": ("MACs, % of the full model", "MACs（元のモデルに対する %）"),
     "score": ("score", "スコア"),
+    "estimate": (
+        "an estimate: hopeless after {share} of the validation data",
+        "推定値：検証データの {share} で見込みなしと判断",
+    ),
     "score_axis": ("score, %", "スコア（%）"),
     "slider": ("Budget: at most so much of the MACs", "予算：MACs の上限"),
     "group": ("channel group", "チャネルグループ"),

@@ -107,7 +107,10 @@ def _search(run: Run, supernet: Supernet, history: History) -> _Chosen:
             chosen = _search_measured(run, searcher, supernet)
         others = searcher.over_all_costs(first=chosen.best.widths)
     best, found = chosen.best, chosen.found
-    evaluated = {one.widths: one for one in (*others, *found.evaluated)}
+    evaluated: dict[Widths, Evaluation] = {}
+    for one in (*others, *found.evaluated):
+        if one.widths not in evaluated or not one.is_estimate:
+            evaluated[one.widths] = one
     write_json(
         run.folder.file("stages/evaluated.json"), {"candidates": _candidates(run.space, list(evaluated.values()))}
     )
@@ -116,6 +119,10 @@ def _search(run: Run, supernet: Supernet, history: History) -> _Chosen:
         f"winner: score {best.score:.2f} at {best.macs / 1e6:.1f}M MACs, best of {len(found.evaluated)}; "
         f"the score is the {run.task.search_score_name} on validation data"
     )
+    num_stopped = sum(one.is_estimate for one in found.evaluated)
+    if num_stopped:
+        seen = sum(one.share for one in found.evaluated) / len(found.evaluated)
+        run.say(f"{num_stopped} candidates were stopped early as hopeless, so {seen:.0%} of all scoring was done")
     if found.predicted_rank_correlation is not None:
         run.say(
             f"candidates were chosen by predicted score; predictions before scoring rank like the scores with rho "
@@ -136,6 +143,7 @@ def _candidates(space: WidthSpace, evaluated: Sequence[Evaluation]) -> list[dict
             "score": one.score,
             "macs": one.macs,
             "params": one.params,
+            "share": round(one.share, 4),
             **{name: values[number] for name, values in costs.items()},
         }
         for number, one in enumerate(evaluated)
@@ -172,6 +180,7 @@ class _Searcher:
                 seed=run.config.seed,
                 storage=run.folder.file("stages/study.journal"),
                 progress=progress,
+                early_stopping=run.config.early_stopping,
                 workers=run.workers,
             )
 
@@ -196,6 +205,7 @@ class _Searcher:
                 seed=run.config.seed,
                 storage=run.folder.file("stages/front.journal"),
                 progress=lambda state: advance(state.num_done, ""),
+                early_stopping=run.config.early_stopping,
                 workers=run.workers,
             )
         return found.evaluated

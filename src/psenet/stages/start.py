@@ -35,7 +35,7 @@ _CALIBRATION_BATCHES = 8
 _LATENCY = "stages/latency.npz"
 TRAINED = ("stages/baseline.safetensors", "stages/supernet.safetensors", "stages/history.npz")
 _OF_BUDGET = (
-    *("budget.", "settings.num_evaluations", "settings.num_front_evaluations"),
+    *("budget.", "settings.num_evaluations", "settings.num_front_evaluations", "settings.early_stopping"),
     *("settings.finetune.", "settings.latency."),
 )
 """Settings that training does not depend on."""

@@ -95,7 +95,7 @@ def _candidates(run: Run) -> list[dict[str, Any]]:
     candidates = content.get("candidates") if isinstance(content, dict) else None
     if not (isinstance(candidates, list) and candidates and all(_is_candidate(one) for one in candidates)):
         raise InputError(f"{path} must hold the candidates that a search has scored; {remedy}")
-    return candidates
+    return [one for one in candidates if one.get("share", 1) == 1]  # others have estimates
 
 
 def _is_candidate(one: object) -> bool:
