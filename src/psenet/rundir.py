@@ -104,7 +104,7 @@ class RunDirectory:
         try:
             module.load_state_dict(state)
         except RuntimeError as error:
-            raise InputError(f"{path} is of another model ({error}): {advice}") from error
+            raise InputError(f"{path} is of another model: {advice}; {error}") from error
 
 
 def _read_stages(path: Path) -> dict[str, dict[str, float]]:
