@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from psenet.errors import InputError
-from psenet.files import remove_unfinished, write_atomically
+from psenet.files import alone_in, remove_unfinished, write_atomically
 from psenet.weights_file import read_weights, write_weights
 
 if TYPE_CHECKING:
@@ -44,12 +44,22 @@ class RunDirectory:
     def __init__(self, path: Path, recipe: Mapping[str, Any], *, resume: bool = False) -> None:
         self.path = path
         check_folder(path, recipe, resume=resume)
-        remove_unfinished(path)
         if not (path / "recipe.json").exists():
             try:
                 write_json(path / "recipe.json", recipe)
             except OSError as error:
                 raise InputError(f"the output folder {path} cannot be written: {error}") from error
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Keep other processes from working on this run meanwhile, and clear away what killed ones left half-written.
+
+        Raises:
+            InputError: Another process is at work on it.
+        """
+        with alone_in(self.path):
+            remove_unfinished(self.path)
+            yield
 
     def file(self, name: str) -> Path:
         """Return the path of a file in the folder, whose parent folder then exists."""
