@@ -128,7 +128,7 @@ def finish(run: Run) -> PruneResult:
         return read_result(run)
     announce(run)
     products = _Products(run)
-    with run.folder.at_work(), closing(run.logs):
+    with run.folder.at_work(), run.log.watch(run.command or "psenet.prune"), closing(run.logs):
         for stage in STAGES.values():
             stage.do(products)
     return read_result(run)
@@ -152,7 +152,7 @@ def run_stage(run: Run, name: str) -> None:
         run.say(f"the stage {name!r} of this run is finished")
         return
     announce(run, stage=name)
-    with run.folder.at_work(), closing(run.logs):
+    with run.folder.at_work(), run.log.watch(run.command or f"the stage {name}"), closing(run.logs):
         STAGES[name].do(_Products(run))
 
 

@@ -6,6 +6,7 @@ RUN/stages.json          seconds spent in each stage, and which are finished
 RUN/checkpoints/*.pt     the state of each training and, as *.previous.pt, the state before
 RUN/stages/*             weights, history and study of the finished stages; for the report also curves.json (every epoch
                          of the trainings), evaluated.json (every scored candidate) and prior.json (what it learned)
+RUN/run.log              what happened when, over all attempts, with the tracebacks of errors
 RUN/logs/*               for TensorBoard, where wanted
 RUN/model/*              the exported model
 RUN/result.json          the figures

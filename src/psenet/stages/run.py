@@ -13,6 +13,7 @@ from psenet.config import PruneConfig
 from psenet.devices import on_device
 from psenet.evaluate import eval_mode
 from psenet.inputs import Inputs
+from psenet.logbook import Logbook
 from psenet.logs import Logs
 from psenet.report.money import ReturnFigures
 from psenet.report.text import Language
@@ -64,10 +65,15 @@ class Run:
     """Of its report."""
     returns: ReturnFigures
     """What its report works the return out from."""
-    say: Say
+    log: Logbook
     show_progress: bool
     device: torch.device
     """Where nets are trained and scored; between the stages they are on the CPU."""
+
+    @property
+    def say(self) -> Say:
+        """Tells a line to people, and to the log."""
+        return self.log.say
 
     @property
     def focus(self) -> Limits | None:

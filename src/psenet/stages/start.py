@@ -19,6 +19,7 @@ from psenet.errors import InputError
 from psenet.files import write_atomically
 from psenet.inputs import Inputs, tensors_in
 from psenet.latency_model import NUM_SUBNETS, LatencyModel
+from psenet.logbook import Logbook
 from psenet.logs import Logs, check_tensorboard
 from psenet.progress import progress_bar
 from psenet.reading import trace
@@ -149,7 +150,7 @@ def start_run(
         workers=job.workers,
         language=job.language,
         returns=job.returns,
-        say=job.say,
+        log=Logbook(out / "run.log", job.say),
         show_progress=job.show_progress,
         device=make_accelerator().device,
     )
