@@ -48,6 +48,8 @@ def read_weights(path: Path, *, advice: str) -> tuple[dict[str, torch.Tensor], d
     try:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(_SIZE), "little")
+            if size > path.stat().st_size:
+                raise ValueError("its header is longer than the file")
             metadata = json.loads(file.read(size)).get("__metadata__", {})
             checksum = hashlib.file_digest(file, _CHECKSUM).hexdigest()
         if metadata.get(_CHECKSUM, checksum) != checksum:
