@@ -28,7 +28,7 @@ _TRAIN = (
     "--set data.max_train_images=96 --set data.batch_size=32 --set num_subnets=4 --set baseline.epochs=1 "
     "--set supernet.epochs=1 --set finetune.epochs=1 --set num_evaluations=2 --set num_front_evaluations=0"
 )
-_FILES = ("checkpoints", "recipe.json", "recipe.yaml", "stages", "stages.json")
+_FILES = ("checkpoints", "recipe.json", "recipe.yaml", "run.log", "stages", "stages.json")
 
 
 @cache
