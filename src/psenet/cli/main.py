@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import typer
 
 from psenet.cli import bench, compare, env, export, finetune, init, inspect, prune, report, search, train
-from psenet.errors import InputError
+from psenet.errors import ElsewhereError, InputError
 
 USER_MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130
 
@@ -24,10 +24,18 @@ def _stoppable(command: Callable[..., None]) -> Callable[..., None]:
     def run(*args: object, **kwargs: object) -> None:
         try:
             command(*args, **kwargs)
+            _part()
         except KeyboardInterrupt as error:
             raise _StoppedError from error
 
     return run
+
+
+def _part() -> None:
+    """Part from the processes that this one was started with, if any."""
+    from psenet import ranks
+
+    ranks.leave()
 
 
 app = typer.Typer(
@@ -68,6 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         print(f"psenet: {error}", file=sys.stderr)
         sys.exit(USER_MISTAKE)
+    except ElsewhereError:
+        if debug:
+            raise
+        sys.exit(FAILURE)
     except Exception as error:  # the last stop before the terminal
         if debug:
             raise
