@@ -18,11 +18,11 @@ class Logbook:
     Attempts follow one another in one file. A log that cannot be written costs no work: it is left out.
 
     Args:
-        path: The file.
+        path: The file; None to tell people only.
         say: Gets the lines for people, too.
     """
 
-    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, path: Path | None, say: Callable[[str], None]) -> None:
         self._path = path
         self._say = say
 
@@ -33,6 +33,8 @@ class Logbook:
 
     def note(self, text: str) -> None:
         """Note a line, or several of one event."""
+        if self._path is None:
+            return
         first, *others = without_passwords(text).splitlines() or [""]
         head = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {os.getpid()} {first}"
         try:

@@ -11,15 +11,19 @@ RUN/logs/*               for TensorBoard, where wanted
 RUN/model/*              the exported model
 RUN/result.json          the figures
 RUN/report.html, .md     the same for people
+
+Of several processes that train together rank 0 writes all of it. The others ask rank 0 what is there and get weights
+from it; the finished result they read themselves.
 """
 
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from psenet import ranks
 from psenet.errors import InputError
 from psenet.files import alone_in, remove_unfinished, write_atomically
 from psenet.weights_file import read_weights, write_weights
@@ -44,12 +48,19 @@ class RunDirectory:
 
     def __init__(self, path: Path, recipe: Mapping[str, Any], *, resume: bool = False) -> None:
         self.path = path
-        check_folder(path, recipe, resume=resume)
-        if not (path / "recipe.json").exists():
+        ranks.in_main(lambda: self._begin(recipe, resume=resume))
+
+    def _begin(self, recipe: Mapping[str, Any], *, resume: bool) -> None:
+        check_folder(self.path, recipe, resume=resume)
+        if not (self.path / "recipe.json").exists():
             try:
-                write_json(path / "recipe.json", recipe)
+                write_json(self.path / "recipe.json", recipe)
             except OSError as error:
-                raise InputError(f"the output folder {path} cannot be written: {error}") from error
+                raise InputError(f"the output folder {self.path} cannot be written: {error}") from error
+
+    def has(self, *names: str) -> bool:
+        """Return whether all of these files are there, for all ranks alike."""
+        return ranks.from_main(lambda: all((self.path / name).is_file() for name in names))
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
@@ -58,14 +69,16 @@ class RunDirectory:
         Raises:
             InputError: Another process is at work on it.
         """
-        with alone_in(self.path):
-            remove_unfinished(self.path)
+        with ExitStack() as stack:
+            ranks.in_main(lambda: stack.enter_context(alone_in(self.path)))
+            ranks.in_main(lambda: remove_unfinished(self.path))
             yield
 
     def file(self, name: str) -> Path:
         """Return the path of a file in the folder, whose parent folder then exists."""
         target = self.path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
+        if ranks.is_main():
+            target.parent.mkdir(parents=True, exist_ok=True)
         return target
 
     def checkpoint(self, training: str) -> Path:
@@ -84,10 +97,14 @@ class RunDirectory:
         try:
             yield
         finally:
-            stages = self._stages()
-            before = stages.get(name, {"seconds": 0.0})
-            stages[name] = {"seconds": round(before["seconds"] + time.perf_counter() - start, 2)}
-            write_json(self.file("stages.json"), stages)
+            if ranks.is_main():
+                self._add_seconds(name, time.perf_counter() - start)
+
+    def _add_seconds(self, name: str, seconds: float) -> None:
+        stages = self._stages()
+        before = stages.get(name, {"seconds": 0.0})
+        stages[name] = {"seconds": round(before["seconds"] + seconds, 2)}
+        write_json(self.file("stages.json"), stages)
 
     def take_seconds(self, source: Path, names: Sequence[str]) -> None:
         """Take over what another run has spent in some stages, where this one has spent nothing."""
@@ -101,7 +118,7 @@ class RunDirectory:
 
     def save_weights(self, name: str, module: "nn.Module") -> None:
         """Write a module's state as a stage's result."""
-        write_weights(self.file(f"stages/{name}.safetensors"), module.state_dict())
+        ranks.in_main(lambda: write_weights(self.file(f"stages/{name}.safetensors"), module.state_dict()))
 
     def load_weights(self, name: str, module: "nn.Module") -> None:
         """Read a state that `save_weights` wrote into a module.
@@ -111,7 +128,7 @@ class RunDirectory:
         """
         path = self.file(f"stages/{name}.safetensors")
         advice = "delete it and resume to make it again"
-        state, _ = read_weights(path, advice=advice)
+        state, _ = ranks.from_main(lambda: read_weights(path, advice=advice))
         try:
             module.load_state_dict(state)
         except RuntimeError as error:

@@ -7,6 +7,10 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from psenet import ranks
+
+_IN_THE_LOSS = "weights, images and the outputs of all layers are finite, the loss of them is not"
+
 
 class TrainingDivergedError(RuntimeError):
     """The loss or the weights became NaN or infinite."""
@@ -44,7 +48,10 @@ class Guard:
         if bool(torch.isfinite(loss).all()):
             return
         first = self._explain() if self._explain is not None else ""
-        self._stop(f"the loss is {float(loss)} at step {number}{first} ({self._where(batch, number)})")
+        # The loss is the mean over all ranks, so all come here; the batch of one of them broke it.
+        places = ranks.gather(self._where(batch, number))
+        where = next((place for place in places if place != _IN_THE_LOSS), _IN_THE_LOSS)
+        self._stop(f"the loss is {float(loss)} at step {number}{first} ({where})")
 
     def check_weights(self, number: int) -> None:
         """Stop if weights are not finite: a last update can break them after a finite loss.
@@ -66,7 +73,7 @@ class Guard:
         layers = _layers_not_finite(self._module, lambda: self._run_again(batch, number))
         if layers:
             return f"weights and images are finite, the outputs of layer {layers[0]} are not"
-        return "weights, images and the outputs of all layers are finite, the loss of them is not"
+        return _IN_THE_LOSS
 
     def _stop(self, what: str) -> NoReturn:
         kept = (
