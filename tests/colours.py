@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import psenet
 from psenet import Budget, PruneConfig, PruneResult, TrainConfig, Widths
 from psenet.artifact import save_weights
-from psenet.export import ExportReport
+from psenet.export import ExportChoice, ExportReport
 
 SHAPE = (3, 8, 8)
 EXAMPLE = torch.zeros(1, *SHAPE)
@@ -103,7 +103,13 @@ def prune_net(out: Path | None, **changes: Any) -> PruneResult:
 
 
 def export_weights_only(
-    module: nn.Module, example: torch.Tensor, folder: Path, *, widths: Widths, details: Mapping[str, object]
+    module: nn.Module,
+    example: torch.Tensor,
+    folder: Path,
+    *,
+    widths: Widths,
+    details: Mapping[str, object],
+    choice: ExportChoice,
 ) -> ExportReport:
     """Stand in for `export_model`, whose programs take seconds."""
     paths = save_weights(module, folder, widths=widths, details=details)

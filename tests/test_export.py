@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from psenet.errors import InputError
-from psenet.export import ExportReport, export_model
+from psenet.export import ExportChoice, ExportReport, export_model
 from psenet.widths import Widths
 
 WIDTHS = Widths({"conv": 6})
@@ -66,6 +66,19 @@ def test_every_file_is_written_and_reported(exported: Exported):
     assert sorted(path.name for path in folder.iterdir()) == sorted(report.paths) == FILES
     assert report.paths == {name: folder / name for name in FILES}
     assert report.bytes == {name: len((folder / name).read_bytes()) for name in FILES}
+
+
+@pytest.mark.parametrize("torch_export", [True, False])
+@pytest.mark.parametrize("onnx", [True, False])
+def test_only_the_programs_that_are_wanted_are_made(torch_export: bool, onnx: bool, tmp_path: Path):
+    net, example = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), torch.zeros(1, 3, 4, 4)
+    for name in ("model.pt2", "model.onnx"):
+        (tmp_path / name).write_bytes(b"of an earlier export")
+    choice = ExportChoice(torch_export=torch_export, onnx=onnx)
+    report = export_model(net, example, tmp_path, widths=Widths({"0": 4}), choice=choice)
+    wanted = ["model.pt2"] * torch_export + ["model.onnx"] * onnx
+    assert sorted(report.paths) == sorted(["weights.safetensors", "widths.json", *wanted])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(report.paths) and report.problems == ()
 
 
 def test_training_flags_come_back(exported: Exported):

@@ -6,6 +6,7 @@ from typing import Any
 
 from psenet.budget import Limits
 from psenet.errors import InputError
+from psenet.export import ExportChoice
 from psenet.runners import EAGER, Runner
 from psenet.space import WidthSpace
 from psenet.training.config import TrainConfig
@@ -67,6 +68,8 @@ class PruneConfig:
     """Patterns of modules not to read at all; see `psenet.trace`."""
     latency: Runner = EAGER
     """What latency is measured by, for a budget on it and for the result: best what will run the net."""
+    export: ExportChoice = ExportChoice()
+    """Which programs are made of the pruned net."""
     seed: int = 0
     """Of everything random."""
     tensorboard: bool = False
@@ -92,7 +95,7 @@ class PruneConfig:
                 continue
             if isinstance(value, TrainConfig):
                 nested[name] = value.as_dict()
-            elif isinstance(value, Runner):
+            elif isinstance(value, Runner | ExportChoice):
                 nested[name] = asdict(value)
             else:
                 plain[name] = list(value) if isinstance(value, tuple) else value

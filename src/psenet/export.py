@@ -77,6 +77,16 @@ class ExportReport:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExportChoice:
+    """Which programs are made; the weights are always written."""
+
+    torch_export: bool = True
+    """model.pt2, for torch.export.load and torch's ahead-of-time compiler."""
+    onnx: bool = True
+    """model.onnx, for ONNX Runtime and converters."""
+
+
 class _ExportError(Exception):
     """One program cannot be made, or is not what the module is."""
 
@@ -88,6 +98,7 @@ def export_model(
     *,
     widths: Widths,
     details: Mapping[str, object] | None = None,
+    choice: ExportChoice | None = None,
 ) -> ExportReport:
     """Write `weights.safetensors`, `widths.json`, `model.pt2` and `model.onnx` into a folder.
 
@@ -100,6 +111,7 @@ def export_model(
         folder: Where to write; made if it is not there.
         widths: The channels it keeps.
         details: See `psenet.artifact.save_weights`. `input_shape` is taken from a single example input if not given.
+        choice: Which of the programs to make; None for both.
 
     Returns:
         The files, and what could not be made.
@@ -118,7 +130,8 @@ def export_model(
             (folder / name).unlink(missing_ok=True)
     written = list(save_weights(module, folder, widths=widths, details=known))
     with eval_mode(module), torch.no_grad(), _quiet():
-        programs = _write_programs(_on_cpu(module), tuple(value.detach().cpu() for value in inputs), folder)
+        example = tuple(value.detach().cpu() for value in inputs)
+        programs = _write_programs(_on_cpu(module), example, folder, choice or ExportChoice())
     written += programs.written
     return ExportReport(
         paths={path.name: path for path in written},
@@ -165,18 +178,23 @@ class _Programs:
     onnx_opset: int | None = None
 
 
-def _write_programs(module: nn.Module, inputs: Inputs, folder: Path) -> _Programs:
+def _write_programs(module: nn.Module, inputs: Inputs, folder: Path, choice: ExportChoice) -> _Programs:
     done = _Programs()
+    if not (choice.torch_export or choice.onnx):
+        return done
     program, done.batch_is_dynamic = _capture(module, inputs, done.problems)
     if program is None:
         return done
     tries = [inputs, _other_batch(inputs)] if done.batch_is_dynamic else [inputs]
-    try:
-        content = _serialize(program, module, tries)
-        write_bytes(folder / PROGRAM_NAME, content)
-        done.written.append(folder / PROGRAM_NAME)
-    except _ExportError as error:
-        done.problems.append(f"{PROGRAM_NAME}: {error}")
+    if choice.torch_export:
+        try:
+            content = _serialize(program, module, tries)
+            write_bytes(folder / PROGRAM_NAME, content)
+            done.written.append(folder / PROGRAM_NAME)
+        except _ExportError as error:
+            done.problems.append(f"{PROGRAM_NAME}: {error}")
+    if not choice.onnx:
+        return done
     try:
         content, opset = _convert(program)
         done.onnx_max_relative_difference = _onnx_difference(content, module, tries)

@@ -241,6 +241,7 @@ def _write_model(run: Run, net: Finalist) -> ExportReport:
         run.example,
         run.folder.path / "model",
         widths=net.widths,
+        choice=run.config.export,
         details={
             "model": run.names["model"],
             "input_shape": shape,

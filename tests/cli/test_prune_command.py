@@ -203,7 +203,7 @@ def test_every_option_reaches_the_run(asked: _Asked, tmp_path: Path):
         **{"--workers": 2},
     }
     given = [*(str(part) for pair in options.items() for part in pair), "--compile", "--focus", "--resume"]
-    given.append("--tensorboard")
+    given += ["--tensorboard", "--set", "export.torch_export=false"]
     out = tmp_path / "run"
     ended = psenet("prune", "--model", MODEL, "--data", "digits", "--out", out, *given)
     assert (ended.code, ended.err) == (0, "")
@@ -219,6 +219,7 @@ def test_every_option_reaches_the_run(asked: _Asked, tmp_path: Path):
         **{"num_front_evaluations": 3, "early_stopping": True},
         **{"focus": True, "divisor": 4, "min_ratio": 0.5, "seed": 5, "exclude": ["conv1"], "opaque": ["stages.1.*"]},
         "latency": {"engine": "onnxruntime", "device": "cpu", "num_threads": 3, "batch_size": 4},
+        "export": {"torch_export": False, "onnx": True},
     }
     assert [(training["epochs"], training["learning_rate"]) for training in trainings] == [(2, 0.3), (3, 0.2), (4, 0.1)]
     assert [training["distill_weight"] for training in trainings] == [0, 0, 0.5]

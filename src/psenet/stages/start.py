@@ -38,7 +38,7 @@ _LATENCY = "stages/latency.npz"
 TRAINED = ("stages/baseline.safetensors", "stages/supernet.safetensors", "stages/history.npz")
 _OF_BUDGET = (
     *("budget.", "settings.num_evaluations", "settings.num_front_evaluations", "settings.early_stopping"),
-    *("settings.finetune.", "settings.latency."),
+    *("settings.finetune.", "settings.latency.", "settings.export."),
 )
 """Settings that training does not depend on."""
 
