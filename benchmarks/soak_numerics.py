@@ -4,8 +4,8 @@
     python benchmarks/soak_numerics.py --steps 500 --seed 7
 
 Images and labels are random and new in every step, so there is nothing to learn and the loss never settles near zero;
-settings are the default ones. A small net with batch norms (one group of 3 channels, one of 2) is trained plainly and as
-a supernet. In the end losses, history, weights and running statistics must all be finite.
+settings are the default ones. A small net with batch norms (one group of 3 channels, one of 2) is trained plainly and
+as a supernet. In the end losses, history, weights and running statistics must all be finite.
 """
 
 import argparse
