@@ -74,7 +74,7 @@ class Tally:
         self.done: list[Entry] = []
         """Those with a score, in the order of completion."""
         self.failed: list[Entry] = []
-        """Those whose score was not finite."""
+        """Those whose score was not finite, in the order of their trials."""
         self.best: Entry | None = None
         """The highest score, estimates left out; the earliest of equals."""
         self._inside = [_Inside() for _ in range(num_budgets)]
@@ -88,7 +88,7 @@ class Tally:
         for budget in entry.budgets:
             self._inside[budget].add(entry)
         if entry.evaluation is None:
-            self.failed.append(entry)
+            insort(self.failed, entry, key=lambda other: other.trial.number)
             return
         insort(self.done, entry, key=lambda other: other.order)
         if not entry.is_estimate:
