@@ -88,6 +88,7 @@ def fit(
             lambda batch, number: step(prepared, batch, number, lambda loss: None),
             checkpoint=checkpoint,
             explain=explain,
+            is_scaled=accelerator.scaler is not None,
         )
         keep = Checkpoint(checkpoint, accelerator, module, optimizer, feed, dict(extras or {}), config, num_steps)
         begin = keep.load()
@@ -108,6 +109,7 @@ def fit(
                     if not is_asynchronous:
                         guard.check_loss(loss, batch, number)
                     optimizer.step()
+                    guard.check_skipped(number, is_skipped=optimizer.step_was_skipped)
                     total = total + loss.detach()
                     is_kept = (number + 1) % config.checkpoint_steps == 0 and in_epoch < len(loader)
                     if number % _SHOW_EVERY == 0 or is_kept:
