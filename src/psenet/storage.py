@@ -129,22 +129,29 @@ def _mend_journal(path: Path) -> None:
     lock = JournalFileSymlinkLock(str(path))
     lock.acquire()
     try:
-        content = path.read_bytes()
-        whole, newline, rest = content.rpartition(b"\n")
-        for number, line in enumerate(whole.split(b"\n") if newline else [], start=1):
-            try:
-                record = json.loads(line)
-            except ValueError:
-                record = None
-            if not isinstance(record, dict) or "op_code" not in record:
-                raise ValueError(f"line {number} is no record of an Optuna journal")
+        rest = b""
+        with path.open("rb") as file:  # line by line: a journal may be larger than the memory
+            for number, line in enumerate(file, start=1):
+                if line.endswith(b"\n"):
+                    _check_record(line, number)
+                else:
+                    rest = line
         start = b'{"op_code"'
         if rest and not rest.startswith(start[: len(rest)]):
             raise ValueError("its last line is no record of an Optuna journal")
         if rest:
-            os.truncate(path, len(content) - len(rest))
+            os.truncate(path, path.stat().st_size - len(rest))
     finally:
         lock.release()
+
+
+def _check_record(line: bytes, number: int) -> None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or "op_code" not in record:
+        raise ValueError(f"line {number} is no record of an Optuna journal")
 
 
 def put_back_orphans(study: "Study") -> None:
