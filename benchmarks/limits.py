@@ -29,7 +29,7 @@ from optuna.trial import create_trial
 from torch import nn
 
 import psenet
-from evidence import write_result
+from evidence import RESULTS, commit, write_result
 from psenet.predictor import Predictor
 from psenet.sampler import width_distributions
 from psenet.storage import open_study
@@ -49,8 +49,17 @@ def main() -> None:
         figures = CASES[arguments.alone]()
         print(json.dumps({**figures, "libraries_mib": before, "peak_mib": peak_mib()}))
         return
-    figures = {name: run_alone(name) for name in arguments.cases}
-    print(f"figures: {write_result('limits', {'threads': torch.get_num_threads(), 'cases': figures}, seed=0)}")
+    cases = earlier() | {name: {"commit": commit(), **run_alone(name)} for name in arguments.cases}
+    print(f"figures: {write_result('limits', {'threads': torch.get_num_threads(), 'cases': cases}, seed=0)}")
+
+
+def earlier() -> dict[str, Any]:
+    """Return the figures of earlier runs, for cases that are not run again."""
+    path = RESULTS / "limits.json"
+    if not path.exists():
+        return {}
+    before = json.loads(path.read_text())
+    return {name: {"commit": before["commit"], **figures} for name, figures in before["cases"].items()}
 
 
 def run_alone(name: str) -> dict[str, Any]:
