@@ -114,10 +114,10 @@ class PriorEvolutionSampler(BaseSampler):
     def propose(self, tried: Tried, limits: Limits | None = None) -> Widths:
         """Return a setting inside limits that none of the trials has.
 
-        Prior and predictor learn from all trials; only those inside the limits are parents.
+        Prior and predictor learn from the latest trials, wherever they are; only those inside the limits are parents.
 
         Args:
-            tried: What the trials say.
+            tried: What has been tried in the study.
             limits: Reachable limits; None for the sampler's own.
 
         Raises:
