@@ -193,8 +193,7 @@ class StudyRun:
                 user_attrs={WORKER: worker_name(), _KEY: key, **attributes},
             )
         )
-        trials = reversed(self._study.get_trials(deepcopy=False))
-        return next(trial for trial in trials if trial.user_attrs.get(_KEY) == key)
+        return next(trial for trial in reversed(self._read_tried()) if trial.user_attrs.get(_KEY) == key)
 
     def _begin_again(self, left: "FrozenTrial") -> "FrozenTrial":
         """Begin a trial with the widths of one that was put back or queued by hand."""
@@ -203,9 +202,15 @@ class StudyRun:
         if left.state == TrialState.WAITING:
             # Perhaps queued in part: the sampler fills in the rest.
             number = self._study.ask(self._sampler.distributions).number
-            return next(trial for trial in self._study.get_trials(deepcopy=False) if trial.number == number)
+            return self._read_tried()[number]
         predicted = {name: value for name, value in left.user_attrs.items() if name == PREDICTED}
         return self._begin(self._reader.widths(left), {RETRY_OF: left.number, **predicted})
+
+    def _read_tried(self) -> "list[FrozenTrial]":
+        """Return the trials as they are now, with note taken of what they try."""
+        trials = self._study.get_trials(deepcopy=False)
+        self._tried.read(trials)
+        return trials
 
     def _proposed(self, turns: list[int]) -> Widths | None:
         from psenet.sampler import SpaceExhausted
@@ -219,8 +224,10 @@ class StudyRun:
         return None
 
     def _is_taken(self, trial: "FrozenTrial") -> bool:
-        """Return whether an earlier trial has the same widths: of searches that propose the same, the first wins."""
-        self._tried.read(self._study.get_trials(deepcopy=False))
+        """Return whether an earlier trial has the same widths: of searches that propose the same, the first wins.
+
+        The study was read after the trial was added, so all earlier ones are known.
+        """
         first = self._tried.first_trial(self._reader.widths(trial))
         return first is not None and first < trial.number
 
