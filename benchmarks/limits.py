@@ -30,6 +30,7 @@ from torch import nn
 
 import psenet
 from evidence import RESULTS, commit, write_result
+from psenet.images import FilePool
 from psenet.predictor import Predictor
 from psenet.sampler import width_distributions
 from psenet.storage import open_study
@@ -148,6 +149,21 @@ def deep_case(num_groups: int) -> dict[str, Any]:
     }
 
 
+# Images ---------------------------------------------------------------------------------------------------------------
+
+
+def huge_jpeg() -> dict[str, Any]:
+    """Read a JPEG of 30,000 x 30,000 pixels; it is made in another process, whose memory is not counted."""
+    side = 30_000
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/huge.jpg"
+        make = f"from PIL import Image; Image.new('RGB', ({side}, {side}), (200, 90, 30)).save({path!r})"
+        subprocess.run([sys.executable, "-c", make], check=True)
+        read: list[torch.Tensor] = []
+        seconds = seconds_of(lambda: read.append(FilePool([path], np.zeros(1, dtype=np.int64)).read(0)))
+        return {"side": side, "side_read": read[0].shape[1], "seconds": seconds}
+
+
 # Studies --------------------------------------------------------------------------------------------------------------
 
 
@@ -254,6 +270,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "plain_step": plain_step,
     "parallel_step": parallel_step,
     "deep": deep,
+    "huge_jpeg": huge_jpeg,
     "long_search": long_search,
     "study_in_memory": in_memory,
     "study_in_a_journal": in_a_journal,
