@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
 from evidence import write_result
 from psenet.training.checkpoint import load_checkpoint
@@ -183,8 +184,11 @@ def _content(path: Path) -> Any:
             return {name: arrays[name].tobytes() for name in arrays.files}
     if path.suffix == ".pt":
         return _plain(_lasting(load_checkpoint(path)))
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:  # its bytes have the metadata in any order
+            return file.metadata(), {name: _plain(file.get_tensor(name)) for name in file.keys()}
     # The study's journal holds times and identifiers; evaluated.json has its content. Reports and programs hold times.
-    return path.read_bytes() if path.suffix in (".safetensors", ".yaml") else None
+    return path.read_bytes() if path.suffix == ".yaml" else None
 
 
 def _lasting(value: Any) -> Any:

@@ -121,6 +121,15 @@ def test_every_script_and_make_target_of_a_page_is_there(page: Path):
     assert set(re.findall(r"^make ([a-z]+)", code, re.MULTILINE)) <= targets
 
 
+@each_page
+def test_every_test_that_a_page_names_is_there(page: Path):
+    for file, _, name in (code.partition("::") for code in spoken(page) if code.startswith("tests/")):
+        assert (ROOT / file).is_file(), file
+        assert not name or f"def {name}(" in (ROOT / file).read_text(), f"{file}::{name}"
+    for script in (code for code in spoken(page) if re.fullmatch(r"(benchmarks|tools)/\S+", code)):
+        assert (ROOT / script).exists(), script
+
+
 def test_a_command_that_is_not_there_would_be_found(tmp_path: Path):
     page = tmp_path / "page.md"
     page.write_text("Say `psenet prune --mac 5`.\n\n```\npsenet prune --out runs/1 --no-such  # it\npsenet prun\n```\n")

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +161,35 @@ def test_the_time_between_the_stages_belongs_to_none(tmp_path: Path, clock: list
         with run.stage("finetune"):
             clock.append(start + 1)
     assert run.seconds() == {"finetune": 2.0}
+
+
+# One process at a time ------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_are_not_at_work_in_one_folder(tmp_path: Path):
+    script = f"""
+from pathlib import Path
+from psenet.rundir import RunDirectory
+with RunDirectory(Path({str(tmp_path / "run")!r}), {{}}, resume=True).at_work():
+    print("at work", flush=True)
+    input()
+"""
+    folder = RunDirectory(tmp_path / "run", {})
+    with subprocess.Popen([sys.executable, "-c", script], stdin=-1, stdout=-1, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "at work\n"
+        with pytest.raises(InputError, match="another process is at work in .*run: wait for its end, or end it"):
+            with folder.at_work():
+                pass
+        other.kill()
+    with folder.at_work():  # the lock of a killed process is gone
+        pass
+    with folder.at_work():
+        pass
+
+
+def test_what_killed_processes_left_half_written_is_cleared_away(tmp_path: Path):
+    folder = RunDirectory(tmp_path / "run", {})
+    left = folder.file("checkpoints/.baseline.pt.x1.part")
+    left.write_bytes(b"half")
+    with folder.at_work():
+        assert not left.exists() and left.parent.exists()

@@ -9,8 +9,10 @@ import sys
 import tempfile
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import optuna
 import pytest
 import torch
 from torch import nn
@@ -163,8 +165,37 @@ def join_two(folder: Path, storage: str) -> None:
     assert 40 <= noted_once(score, least_processes=2) <= 41
 
 
+def kill_one_of_two(folder: Path, storage: str) -> None:
+    """Kill one of two searches amid a candidate, and check that the other ends, and that a later one makes good."""
+    searches = [start_search(folder, storage, seconds=0.1) for _ in range(2)]
+    score, ended = Noted(make_space(5), folder), [-1, -1]
+    try:
+        wait_for(score, 6, processes=2)
+        victim = next(one for one in searches if str(one.pid) in score.lines())
+        victim.kill()  # a candidate takes most of the time of a search
+        ended = [one.wait(120) for one in searches]
+    finally:
+        for one in searches:
+            one.kill()
+            one.communicate()
+    assert sorted(ended) == [-signal.SIGKILL, 0]
+    before = noted_once(score, least_processes=2)
+    assert 39 <= before <= 41  # its last candidate may have no score
+    space = make_space(5)
+    later = Additive(space)
+    found = search_each(space, [Budget(macs="30%"), HALF], later, num_evaluations=42, seed=1, storage=storage)
+    every = {evaluation.widths for each in found for evaluation in each.evaluated}
+    assert len(every) == 42 and len(later.seen) == len(set(later.seen)) <= 4
+
+
 def test_two_searches_on_one_sqlite_file_share_the_work(tmp_path: Path):
     join_two(tmp_path, f"sqlite:///{tmp_path}/study.db")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_a_search_that_is_killed_neither_stops_nor_robs_the_other_on_its_sqlite_file(tmp_path: Path):
+    kill_one_of_two(tmp_path, f"sqlite:///{tmp_path}/study.db")
 
 
 def postgres_tools() -> Path:
@@ -177,7 +208,9 @@ def postgres_tools() -> Path:
     return Path(found).parent
 
 
-def test_two_searches_on_one_postgresql_database_share_the_work(tmp_path: Path):
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[str]:
+    """The URL of a database on a PostgreSQL server of these tests alone."""
     tools = postgres_tools()
     driver = "psycopg2" if importlib.util.find_spec("psycopg2") else "psycopg"
     # The server refuses to run as root, and a socket's path must be short.
@@ -194,15 +227,33 @@ def test_two_searches_on_one_postgresql_database_share_the_work(tmp_path: Path):
             while not Path(f"{folder}/.s.PGSQL.5432").exists():
                 assert time.monotonic() < end and server.poll() is None, "the server does not start"
                 time.sleep(0.1)
-            join_two(tmp_path, f"postgresql+{driver}://me@/postgres?host={folder}")
+            yield f"postgresql+{driver}://me@/postgres?host={folder}"
         finally:
-            server.terminate()
+            server.send_signal(signal.SIGINT)  # ends connections that are still open
             server.wait(30)
 
 
-def wait_for(score: Noted, num: int) -> None:
+def test_two_searches_on_one_postgresql_database_share_the_work(tmp_path: Path, postgres: str):
+    join_two(tmp_path, postgres)
+    drop_study(postgres)
+
+
+@pytest.mark.slow
+def test_a_search_that_is_killed_neither_stops_nor_robs_the_other_on_its_postgresql_database(
+    tmp_path: Path, postgres: str
+):
+    kill_one_of_two(tmp_path, postgres)
+    drop_study(postgres)
+
+
+def drop_study(storage: str) -> None:
+    (name,) = optuna.get_all_study_names(storage)
+    optuna.delete_study(study_name=name, storage=storage)
+
+
+def wait_for(score: Noted, num: int, *, processes: int = 1) -> None:
     end = time.monotonic() + 60
-    while sum(map(len, score.lines().values())) < num:
+    while sum(map(len, score.lines().values())) < num or len(score.lines()) < processes:
         assert time.monotonic() < end, "the search scored nothing"
         time.sleep(0.02)
 

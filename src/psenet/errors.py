@@ -1,4 +1,4 @@
-"""The one exception that means "what you gave cannot be used"."""
+"""The exceptions that mean "what you gave cannot be used" and "another process says what is wrong"."""
 
 _MAX_LINES, _MAX_CHARACTERS = 16, 1600
 """Of a message on a terminal: a screen of 20 lines of 100 characters, less what stands around it."""
@@ -10,6 +10,10 @@ class InputError(ValueError):
     The message says what must hold, what came, where, and what to do. The command line prints it without a
     traceback and exits with code 2; every other exception is a failure of psenet and exits with code 1.
     """
+
+
+class ElsewhereError(RuntimeError):
+    """The main one of several processes that train together has failed; it says why, and this one stops, too."""
 
 
 def first_line(error: BaseException) -> str:

@@ -2,7 +2,8 @@
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -50,6 +51,35 @@ def remove_unfinished(folder: Path) -> None:
     """Delete what writes that were killed have left in a folder and below; nobody may be writing there."""
     for path in folder.rglob(f".*{_UNFINISHED}"):
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder meanwhile; the lock ends with the process, however that ends.
+
+    Where the system or the file system has no locks, nothing is kept out.
+
+    Raises:
+        InputError: Another process is in there.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"another process is at work in {folder}: wait for its end, or end it; two would write over each other"
+            ) from error
+        except OSError:
+            pass  # some network file systems
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

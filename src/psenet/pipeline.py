@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader
 
+from psenet import ranks
 from psenet.artifact import load
 from psenet.budget import Budget, uniform_widths
 from psenet.config import PruneConfig
@@ -123,12 +124,12 @@ def finish(run: Run) -> PruneResult:
     """Do all stages of a run that are not done yet."""
     if _is_done(run, "export"):
         run.say("this run is finished; its figures are shown again")
-        if not (run.folder.path / report_name(run.language)).exists():
-            _write_report(run)
+        if not run.folder.has(report_name(run.language)):
+            ranks.in_main(lambda: _write_report(run))
         return read_result(run)
-    announce(run)
+    ranks.in_main(lambda: announce(run))
     products = _Products(run)
-    with closing(run.logs):
+    with run.folder.at_work(), run.log.watch(run.command or "psenet.prune"), closing(run.logs):
         for stage in STAGES.values():
             stage.do(products)
     return read_result(run)
@@ -151,8 +152,8 @@ def run_stage(run: Run, name: str) -> None:
     if _is_done(run, name):
         run.say(f"the stage {name!r} of this run is finished")
         return
-    announce(run, stage=name)
-    with closing(run.logs):
+    ranks.in_main(lambda: announce(run, stage=name))
+    with run.folder.at_work(), run.log.watch(run.command or f"the stage {name}"), closing(run.logs):
         STAGES[name].do(_Products(run))
 
 
@@ -205,7 +206,11 @@ class _Products:
 
     @cached_property
     def result(self) -> dict[str, Any]:
-        run, nets = self.run, self.finalists
+        nets = self.finalists
+        return ranks.from_main(lambda: self._finished(nets))
+
+    def _finished(self, nets: dict[str, Finalist]) -> dict[str, Any]:
+        run = self.run
         kept = choose(run, nets["searched"], nets["uniform"])
         run.say("testing, measuring latency, exporting")
         record = figures(run, baseline=self.baseline, nets=nets, kept=kept)
@@ -265,4 +270,4 @@ STAGES: Mapping[str, _Stage] = {
 
 
 def _is_done(run: Run, stage: str) -> bool:
-    return all((run.folder.path / name).is_file() for name in STAGES[stage].leaves)
+    return run.folder.has(*STAGES[stage].leaves)

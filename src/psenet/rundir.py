@@ -6,21 +6,26 @@ RUN/stages.json          seconds spent in each stage, and which are finished
 RUN/checkpoints/*.pt     the state of each training and, as *.previous.pt, the state before
 RUN/stages/*             weights, history and study of the finished stages; for the report also curves.json (every epoch
                          of the trainings), evaluated.json (every scored candidate) and prior.json (what it learned)
+RUN/run.log              what happened when, over all attempts, with the tracebacks of errors
 RUN/logs/*               for TensorBoard, where wanted
 RUN/model/*              the exported model
 RUN/result.json          the figures
 RUN/report.html, .md     the same for people
+
+Of several processes that train together rank 0 writes all of it. The others ask rank 0 what is there and get weights
+from it; the finished result they read themselves.
 """
 
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from psenet import ranks
 from psenet.errors import InputError
-from psenet.files import remove_unfinished, write_atomically
+from psenet.files import alone_in, remove_unfinished, write_atomically
 from psenet.weights_file import read_weights, write_weights
 
 if TYPE_CHECKING:
@@ -43,18 +48,37 @@ class RunDirectory:
 
     def __init__(self, path: Path, recipe: Mapping[str, Any], *, resume: bool = False) -> None:
         self.path = path
-        check_folder(path, recipe, resume=resume)
-        remove_unfinished(path)
-        if not (path / "recipe.json").exists():
+        ranks.in_main(lambda: self._begin(recipe, resume=resume))
+
+    def _begin(self, recipe: Mapping[str, Any], *, resume: bool) -> None:
+        check_folder(self.path, recipe, resume=resume)
+        if not (self.path / "recipe.json").exists():
             try:
-                write_json(path / "recipe.json", recipe)
+                write_json(self.path / "recipe.json", recipe)
             except OSError as error:
-                raise InputError(f"the output folder {path} cannot be written: {error}") from error
+                raise InputError(f"the output folder {self.path} cannot be written: {error}") from error
+
+    def has(self, *names: str) -> bool:
+        """Return whether all of these files are there, for all ranks alike."""
+        return ranks.from_main(lambda: all((self.path / name).is_file() for name in names))
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Keep other processes from working on this run meanwhile, and clear away what killed ones left half-written.
+
+        Raises:
+            InputError: Another process is at work on it.
+        """
+        with ExitStack() as stack:
+            ranks.in_main(lambda: stack.enter_context(alone_in(self.path)))
+            ranks.in_main(lambda: remove_unfinished(self.path))
+            yield
 
     def file(self, name: str) -> Path:
         """Return the path of a file in the folder, whose parent folder then exists."""
         target = self.path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
+        if ranks.is_main():
+            target.parent.mkdir(parents=True, exist_ok=True)
         return target
 
     def checkpoint(self, training: str) -> Path:
@@ -73,10 +97,14 @@ class RunDirectory:
         try:
             yield
         finally:
-            stages = self._stages()
-            before = stages.get(name, {"seconds": 0.0})
-            stages[name] = {"seconds": round(before["seconds"] + time.perf_counter() - start, 2)}
-            write_json(self.file("stages.json"), stages)
+            if ranks.is_main():
+                self._add_seconds(name, time.perf_counter() - start)
+
+    def _add_seconds(self, name: str, seconds: float) -> None:
+        stages = self._stages()
+        before = stages.get(name, {"seconds": 0.0})
+        stages[name] = {"seconds": round(before["seconds"] + seconds, 2)}
+        write_json(self.file("stages.json"), stages)
 
     def take_seconds(self, source: Path, names: Sequence[str]) -> None:
         """Take over what another run has spent in some stages, where this one has spent nothing."""
@@ -90,7 +118,7 @@ class RunDirectory:
 
     def save_weights(self, name: str, module: "nn.Module") -> None:
         """Write a module's state as a stage's result."""
-        write_weights(self.file(f"stages/{name}.safetensors"), module.state_dict())
+        ranks.in_main(lambda: write_weights(self.file(f"stages/{name}.safetensors"), module.state_dict()))
 
     def load_weights(self, name: str, module: "nn.Module") -> None:
         """Read a state that `save_weights` wrote into a module.
@@ -100,11 +128,11 @@ class RunDirectory:
         """
         path = self.file(f"stages/{name}.safetensors")
         advice = "delete it and resume to make it again"
-        state, _ = read_weights(path, advice=advice)
+        state, _ = ranks.from_main(lambda: read_weights(path, advice=advice))
         try:
             module.load_state_dict(state)
         except RuntimeError as error:
-            raise InputError(f"{path} is of another model ({error}): {advice}") from error
+            raise InputError(f"{path} is of another model: {advice}; {error}") from error
 
 
 def _read_stages(path: Path) -> dict[str, dict[str, float]]:

@@ -43,14 +43,18 @@ def read_weights(path: Path, *, advice: str) -> tuple[dict[str, torch.Tensor], d
         InputError: The file cannot be read, or differs from what was written.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load
+    from safetensors.torch import load_file
 
     try:
-        content = path.read_bytes()
-        metadata = _header(content).get("__metadata__", {})
-        if metadata.get(_CHECKSUM, _checksum(content)) != _checksum(content):
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(_SIZE), "little")
+            if size > path.stat().st_size:
+                raise ValueError("its header is longer than the file")
+            metadata = json.loads(file.read(size)).get("__metadata__", {})
+            checksum = hashlib.file_digest(file, _CHECKSUM).hexdigest()
+        if metadata.get(_CHECKSUM, checksum) != checksum:
             raise ValueError("its checksum is another than when it was written")
-        return load(content), metadata
+        return load_file(path), metadata
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is damaged ({error}): {advice}") from error
 

@@ -28,7 +28,7 @@ _TRAIN = (
     "--set data.max_train_images=96 --set data.batch_size=32 --set num_subnets=4 --set baseline.epochs=1 "
     "--set supernet.epochs=1 --set finetune.epochs=1 --set num_evaluations=2 --set num_front_evaluations=0"
 )
-_FILES = ("checkpoints", "recipe.json", "recipe.yaml", "stages", "stages.json")
+_FILES = ("checkpoints", "recipe.json", "recipe.yaml", "run.log", "stages", "stages.json")
 
 
 @cache
@@ -297,7 +297,7 @@ RUNS = (
         "train run",
         "train",
         _untrained(lambda: _emptied(_CHECKPOINT)),
-        "run/checkpoints/supernet.pt is damaged; delete it to start this stage again: ",
+        "; delete run/checkpoints/supernet.pt to start this stage again",
     ),
     _case(
         "a checkpoint of another training",
@@ -305,7 +305,7 @@ RUNS = (
         "train",
         _untrained(lambda: shutil.copy(_RUN / "checkpoints/baseline.pt", _CHECKPOINT)),
         "run/checkpoints/supernet.pt is of learning_rate=0.1, here 0.05; a model with other weights",
-        "continue with the settings it was started with, or delete it",
+        "continue with the settings it was started with, or delete run/checkpoints/supernet.pt",
     ),
     # Weights and history.
     _case(
@@ -313,7 +313,7 @@ RUNS = (
         "search run",
         "train",
         (_cut(_SUPERNET),),
-        "supernet.safetensors is damaged; delete it and resume",
+        "supernet.safetensors is damaged (its checksum is another than when it was written): delete it and resume",
     ),
     _case(
         "a pickle for a supernet",
@@ -327,7 +327,7 @@ RUNS = (
         "search run",
         "train",
         (lambda: _halved(_SUPERNET),),
-        "is damaged; delete it",
+        "supernet.safetensors is of another model: delete it and resume to make it again",
         "size mismatch",
     ),
     _case(
@@ -438,7 +438,7 @@ RUNS = (
         "export run",
         "finetune",
         (_cut(_SEARCHED),),
-        "searched.safetensors is damaged; delete it and resume",
+        "searched.safetensors is damaged (its checksum is another than when it was written): delete it and resume",
     ),
     _case(
         "candidates that are a list",

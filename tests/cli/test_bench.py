@@ -150,7 +150,7 @@ def test_a_run_of_a_model_with_several_inputs_is_refused(run: Path):
 
 def test_a_run_whose_weights_are_damaged_is_named(run: Path):
     (run / "stages" / "baseline.safetensors").write_bytes(b"nothing")
-    _refused(psenet("bench", run), "baseline.safetensors cannot be read")
+    _refused(psenet("bench", run), "baseline.safetensors is damaged (its header is longer than the file)")
 
 
 def test_a_run_of_another_architecture_is_refused(run: Path):

@@ -216,7 +216,7 @@ def test_every_option_reaches_the_run(asked: _Asked, tmp_path: Path):
     trainings = [settings.pop(name) for name in ("baseline", "supernet", "finetune")]
     assert settings == {
         **{"trained": False, "strategy": "sandwich", "num_subnets": 6, "num_evaluations": 7, "compiled": True},
-        **{"num_front_evaluations": 3},
+        **{"num_front_evaluations": 3, "early_stopping": True},
         **{"focus": True, "divisor": 4, "min_ratio": 0.5, "seed": 5, "exclude": ["conv1"], "opaque": ["stages.1.*"]},
         "latency": {"engine": "onnxruntime", "device": "cpu", "num_threads": 3, "batch_size": 4},
     }

@@ -28,7 +28,7 @@ def hostile_copy(finished: Path, parent: Path) -> Path:
     # A front of all but one, whatever the training gave: costs that the slider tells apart, and scores that rise.
     for place, one in enumerate(candidates["candidates"]):
         one |= {
-            "macs": round((0.2 + 0.05 * place) * record["baseline"]["macs"]),
+            "macs": round((0.2 + 0.07 * place) * record["baseline"]["macs"]),
             "score": 40.0 + place - 3 * (place == 2),
         }
     (run / "stages/evaluated.json").write_text(json.dumps(candidates), encoding="utf-8")

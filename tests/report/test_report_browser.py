@@ -50,11 +50,17 @@ def test_the_page_draws_itself_without_a_complaint_or_a_request(
 
 
 def test_the_slider_picks_the_best_candidate_inside_the_budget(pages: dict[str, Path], browser: Browser):
+    record = json.loads((pages["en"].parent / "result.json").read_text(encoding="utf-8"))
+    pruned_share = 100 * record["pruned"]["macs"] / record["baseline"]["macs"]
     choices = Page(pages["en"]).data["front-chart-choices"]["choices"]
     browser.open(pages["en"], width=1280)
     slider = "document.querySelector('.slider input')"
     # It is reached by its label and moved by keys.
     assert browser.run(f"{slider}.labels[0].textContent.includes('Budget')")
+    # It begins at what the run came to.
+    share = next(one["share"] for one in reversed(choices) if one["share"] <= pruned_share)
+    assert share < choices[-1]["share"]
+    assert 0 <= float(browser.run(f"{slider}.value")) - share <= 0.1
     browser.run(f"{slider}.focus()")
     browser.press(*_HOME)
     seen = set()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -30,6 +31,7 @@ from psenet.errors import InputError
 from psenet.training import TrainConfig, TrainingDivergedError, train_model, train_supernet
 from psenet.training.checkpoint import load_checkpoint
 from psenet.training.feed import Feed
+from psenet.training.loop import make_accelerator
 
 # Steps ----------------------------------------------------------------------------------------------------------------
 
@@ -429,6 +431,24 @@ def test_full_precision_leaves_a_plain_module_too():
     model = make_net()
     train_quietly(model, make_loader(NoisyImages(8)), TrainConfig(epochs=1))
     _assert_plain(model)
+
+
+# Several processes; the rest is in test_several_processes.py ----------------------------------------------------------
+
+
+def test_an_accelerate_that_splits_models_is_refused(monkeypatch: pytest.MonkeyPatch):
+    splitting = property(lambda accelerator: DistributedType.FSDP)
+    monkeypatch.setattr("accelerate.Accelerator.distributed_type", splitting)
+    with pytest.raises(
+        InputError, match="trains whole models, .*accelerate is set up for FSDP: launch with --multi_gpu"
+    ):
+        make_accelerator()
+
+
+def test_an_accelerate_that_does_not_know_of_the_other_processes_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("psenet.ranks.num_ranks", lambda: 2)
+    with pytest.raises(InputError, match="2 processes were started and accelerate knows of 1: make no Accelerator"):
+        make_accelerator()
 
 
 # What is shown --------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import typer
 
 from psenet.cli import bench, compare, env, export, finetune, init, inspect, prune, report, search, train
-from psenet.errors import InputError, one_screen
+from psenet.errors import ElsewhereError, InputError, one_screen
 from psenet.masking import without_passwords
 
 USER_MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130
@@ -26,10 +26,18 @@ def _stoppable(command: Callable[..., None]) -> Callable[..., None]:
     def run(*args: object, **kwargs: object) -> None:
         try:
             command(*args, **kwargs)
+            _part()
         except KeyboardInterrupt as error:
             raise _StoppedError from error
 
     return run
+
+
+def _part() -> None:
+    """Part from the processes that this one was started with, if any."""
+    from psenet import ranks
+
+    ranks.leave()
 
 
 app = typer.Typer(
@@ -69,6 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except InputError as error:
         _tell(f"psenet: {one_screen(str(error))}", debug=debug)
         sys.exit(USER_MISTAKE)
+    except ElsewhereError:
+        if debug:
+            raise
+        sys.exit(FAILURE)
     except Exception as error:  # the last stop before the terminal
         _tell(f"psenet: {type(error).__name__}: {one_screen(str(error))}", debug=debug)
         if isinstance(error, OSError):

@@ -1,5 +1,6 @@
 """From a recipe to a run: what the subcommands that train, search and export have in common."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,10 +35,15 @@ class Place:
 
 
 def make_console() -> "Console":
-    """Return the terminal; brackets in paths are not styles."""
+    """Return the terminal; brackets in paths are not styles. Of several processes the main one alone speaks."""
     from rich.console import Console
 
-    return Console(markup=False, emoji=False)
+    from psenet import ranks
+    from psenet.training.loop import make_accelerator
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # as torchrun and `accelerate launch` say it
+        make_accelerator()
+    return Console(markup=False, emoji=False, quiet=not ranks.is_main())
 
 
 def read_overrides(settings: Sequence[str]) -> "list[Override]":
@@ -66,10 +72,11 @@ def open_run(recipe: "Recipe", place: Place, console: "Console") -> "Run":
     Raises:
         InputError: Something of it cannot be used.
     """
+    from psenet import ranks
     from psenet.stages.start import start_run
 
     run = start_run(make_job(recipe, place, console), place.out, resume=place.resume, trained_in=place.trained_in)
-    keep_recipe(recipe, run.folder.file(RECIPE))
+    ranks.in_main(lambda: keep_recipe(recipe, run.folder.file(RECIPE)))
     return run
 
 

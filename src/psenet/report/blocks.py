@@ -90,6 +90,8 @@ class Slider:
     """Of the chart: the trace that marks the pick."""
     choices: tuple[Choice, ...]
     """By MACs, ascending: only candidates better than all cheaper ones, of which the last inside a budget is best."""
+    start: int
+    """Number of the choice that is shown at first."""
     labels: tuple[str, ...]
     groups: Mapping[str, int]
     """Full width by channel group."""

@@ -127,6 +127,8 @@ def _slider(facts: RunFacts, front: Sequence[Candidate], full_macs: float, words
         shown += [in_bytes(one.memory)] * with_memory + [in_ms(one.latency_ms)] * with_latency
         return (*shown, percent(one.score) if facts.is_accuracy else f"{one.score:.4g}")
 
+    pruned = facts.nets.get("pruned")
+    budget = pruned.macs if pruned is not None and pruned.macs else full_macs
     widest = facts.result.get("full_widths") or {}
     groups = {name: int(widest.get(name) or max(one.widths[name] for one in front)) for name in front[0].widths}
     return Slider(
@@ -141,6 +143,7 @@ def _slider(facts: RunFacts, front: Sequence[Candidate], full_macs: float, words
             )
             for one in front
         ),
+        start=max((number for number, one in enumerate(front) if one.macs <= budget), default=0),
         labels=tuple(words(label) for label in labels),
         groups=groups,
         words={

@@ -28,7 +28,7 @@ def fine_tuned(run: Run, name: str, widths: Widths, *, supernet: Supernet, basel
     with on_device(net, run.device):
         recalibrate(net, run.loaders.calibration)
     before = copy.deepcopy(net)
-    if not run.folder.file(f"stages/{name}.safetensors").exists():
+    if not run.folder.has(f"stages/{name}.safetensors"):
         run.say(f"fine-tuning the {name} net")
         with run.folder.stage("finetune"):
             run.seed(4)

@@ -42,6 +42,10 @@ def estimate(run: Run) -> dict[str, float]:
     batch = next(iter(run.loaders.train))
     if generator is not None and state is not None:
         generator.set_state(state)
+    if run.num_ranks > 1:  # each trains on its part of the batch
+        from accelerate.utils import slice_tensors
+
+        batch = slice_tensors(batch, slice(0, num_samples(batch[0]) // run.num_ranks))
     supernet, full = Supernet(run.model, run.space), run.space.macs(run.space.full())
     return estimate_seconds(
         run.model,

@@ -8,11 +8,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from psenet import ranks
 from psenet.budget import Budget, Limits
 from psenet.config import PruneConfig
 from psenet.devices import on_device
 from psenet.evaluate import eval_mode
 from psenet.inputs import Inputs
+from psenet.logbook import Logbook
 from psenet.logs import Logs
 from psenet.report.money import ReturnFigures
 from psenet.report.text import Language
@@ -64,10 +66,17 @@ class Run:
     """Of its report."""
     returns: ReturnFigures
     """What its report works the return out from."""
-    say: Say
+    log: Logbook
     show_progress: bool
     device: torch.device
     """Where nets are trained and scored; between the stages they are on the CPU."""
+    num_ranks: int = 1
+    """Processes that train together."""
+
+    @property
+    def say(self) -> Say:
+        """Tells a line to people, and to the log."""
+        return self.log.say
 
     @property
     def focus(self) -> Limits | None:
@@ -79,8 +88,13 @@ class Run:
         with on_device(net, self.device), eval_mode(net), torch.no_grad():
             return self.task.score(net, self.loaders.validation if batches is None else batches)
 
-    def recorder(self, training: str) -> Recorder:
-        """Return what is told of every epoch of a training: the file of the run's curves, and the logs."""
+    def recorder(self, training: str) -> Recorder | None:
+        """Return what is told of every epoch of a training: the file of the run's curves, and the logs.
+
+        Of several processes that train together only the main one has it.
+        """
+        if not ranks.is_main():
+            return None
         keep = Curves(self.folder.file("stages/curves.json")).recorder(training)
         log = self.logs.recorder(training, num_samples=_samples_in_epoch(self.loaders.train))
 
@@ -89,6 +103,11 @@ class Run:
             log(epoch)
 
         return record
+
+    def say_score(self, before: str, net: nn.Module, after: str) -> None:
+        """Say a net's score on the validation data; of several processes the main one alone works it out."""
+        if ranks.is_main():
+            self.say(f"{before} {self.task.show(self.score(net))}{after}")
 
     def seed(self, stage: int) -> None:
         """Start a stage from a random state that does not depend on what was before it."""

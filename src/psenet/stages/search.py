@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from psenet import ranks
 from psenet.budget import Limits, uniform_widths
 from psenet.charts import prior_record
 from psenet.devices import on_device
@@ -69,13 +70,20 @@ class _Chosen:
 
 
 def search_best(run: Run, *, supernet: Supernet, history: History) -> Search:
-    """Return the best candidate; a study that is there already goes on, and a finished search is read again."""
-    path = run.folder.file(SEARCHED)
-    if not path.exists():
-        chosen = _search(run, supernet, history)
-        content = {"widths": dict(chosen.best.widths), "limits": vars(chosen.limits)}
-        write_json(path, {**content, "record": chosen.record(len(history))})
-    return read_search(run)
+    """Return the best candidate; a study that is there already goes on, and a finished search is read again.
+
+    Of several processes that train together the main one searches, with its workers.
+    """
+
+    def find() -> Search:
+        path = run.folder.file(SEARCHED)
+        if not path.exists():
+            chosen = _search(run, supernet, history)
+            content = {"widths": dict(chosen.best.widths), "limits": vars(chosen.limits)}
+            write_json(path, {**content, "record": chosen.record(len(history))})
+        return read_search(run)
+
+    return ranks.from_main(find)
 
 
 def read_search(run: Run) -> Search:

@@ -13,12 +13,14 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader
 
+from psenet import ranks
 from psenet.budget import Budget
 from psenet.config import PruneConfig
 from psenet.errors import InputError
 from psenet.files import write_atomically
 from psenet.inputs import Inputs, tensors_in
 from psenet.latency_model import NUM_SUBNETS, LatencyModel
+from psenet.logbook import Logbook
 from psenet.logs import Logs, check_tensorboard
 from psenet.progress import progress_bar
 from psenet.reading import trace
@@ -29,7 +31,7 @@ from psenet.space import WidthSpace
 from psenet.stages.figures import plain_budget
 from psenet.stages.run import Loaders, Run, Say, seed_stage
 from psenet.task import CLASSIFICATION, Task
-from psenet.training.loop import make_accelerator
+from psenet.training.loop import check_shares, make_accelerator
 
 _CALIBRATION_BATCHES = 8
 _LATENCY = "stages/latency.npz"
@@ -97,6 +99,7 @@ def start_run(
         InputError: The model, the budget, a loader or a folder cannot be used.
     """
     config = job.config
+    device = make_accelerator().device  # of several processes, also what joins them
     if config.tensorboard:
         check_tensorboard()
     for name, loader in job.loaders.items():
@@ -106,6 +109,7 @@ def start_run(
         raise InputError(
             "the model must have parameters to train; all of its have requires_grad=False: call requires_grad_(True)"
         )
+    check_shares(job.train_loader)
     space = trace(
         job.model,
         job.example_input,
@@ -115,23 +119,24 @@ def start_run(
         opaque=config.opaque,
     )
     recipe = _recipe_of(job)
-    out = Path(tempfile.mkdtemp(prefix="psenet-") if out is None else out)
-    check_folder(out, recipe, resume=resume)
+    out = Path(ranks.from_main(lambda: tempfile.mkdtemp(prefix="psenet-")) if out is None else out)
+    ranks.in_main(lambda: check_folder(out, recipe, resume=resume))
     if trained_in is not None:
-        _check_trained(Path(trained_in), recipe, config)
+        ranks.in_main(lambda: _check_trained(Path(trained_in), recipe, config))
     config.check(space)  # before any time is spent on measuring
     latency = None
     if job.budget.latency_ms is not None:
-        latency = _latency_model(out / _LATENCY, job, space)
+        measured = space
+        latency = ranks.from_main(lambda: _latency_model(out / _LATENCY, job, measured))
         space = space.with_latency(latency)
     limits = job.budget.resolve(space)
     if config.focus:
         config.check(space, focus=limits)
     folder = RunDirectory(out, recipe, resume=resume)
     if latency is not None:
-        latency.save(folder.file(_LATENCY))
+        ranks.in_main(lambda: latency.save(folder.file(_LATENCY)))
     if trained_in is not None:
-        _take_trained(Path(trained_in), folder)
+        ranks.in_main(lambda: _take_trained(Path(trained_in), folder))
     seed_stage(config, 0, job.train_loader)
     return Run(
         model=copy.deepcopy(job.model),
@@ -143,15 +148,16 @@ def start_run(
         config=config,
         task=job.task,
         folder=folder,
-        logs=Logs(out / "logs" if config.tensorboard else None),
+        logs=Logs(out / "logs" if config.tensorboard and ranks.is_main() else None),
         names=_names(job),
         command=job.command,
         workers=job.workers,
         language=job.language,
         returns=job.returns,
-        say=job.say,
-        show_progress=job.show_progress,
-        device=make_accelerator().device,
+        log=Logbook(out / "run.log" if ranks.is_main() else None, job.say if ranks.is_main() else silent),
+        show_progress=job.show_progress and ranks.is_main(),
+        device=device,
+        num_ranks=ranks.num_ranks(),
     )
 
 

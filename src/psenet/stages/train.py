@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from psenet import ranks
 from psenet.history import History
 from psenet.importance import order_channels
 from psenet.stages.run import Run
@@ -12,7 +13,7 @@ from psenet.training.supernet import train_supernet
 
 def trained_baseline(run: Run) -> nn.Module:
     """Return the trained full model, its channels ordered by importance."""
-    if not run.folder.file("stages/baseline.safetensors").exists():
+    if not run.folder.has("stages/baseline.safetensors"):
         with run.folder.stage("baseline"):
             run.seed(1)
             if not run.config.trained:
@@ -29,17 +30,17 @@ def trained_baseline(run: Run) -> nn.Module:
                 )
             run.folder.save_weights("baseline", order_channels(run.model, run.space))
     run.folder.load_weights("baseline", run.model)
-    run.say(f"baseline: {run.task.show(run.score(run.model))} on validation data")
+    run.say_score("baseline:", run.model, " on validation data")
     return run.model.eval()
 
 
 def trained_supernet(run: Run, baseline: nn.Module) -> tuple[Supernet, History]:
     """Return the trained supernet and what its training saw."""
-    path, history_path = run.folder.file("stages/supernet.safetensors"), run.folder.file("stages/history.npz")
+    history_path = run.folder.file("stages/history.npz")
     supernet = Supernet(baseline, run.space, compiled=run.config.compiled)
-    if path.exists() and history_path.exists():
+    if run.folder.has("stages/supernet.safetensors", "stages/history.npz"):
         run.folder.load_weights("supernet", supernet.model)
-        return supernet, History.load(history_path, run.space)
+        return supernet, ranks.from_main(lambda: History.load(history_path, run.space))
     run.say(f"training the supernet ({run.config.strategy})")
     with run.folder.stage("supernet"):
         run.seed(2)
@@ -58,6 +59,6 @@ def trained_supernet(run: Run, baseline: nn.Module) -> tuple[Supernet, History]:
             show_progress=run.show_progress,
         )
         run.logs.subnets(history, steps_per_epoch=len(run.loaders.train))
-        history.save(history_path)
+        ranks.in_main(lambda: history.save(history_path))
         run.folder.save_weights("supernet", supernet.model)
     return supernet, history

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from psenet import ranks
 from psenet.devices import on_device
 from psenet.errors import InputError, first_line
 from psenet.rundir import read_json, write_json
@@ -40,9 +41,9 @@ def verify_ranking(run: Run, num_subnets: int) -> Mapping[str, Any]:
     """
     if num_subnets < _LEAST:
         raise InputError(f"a ranking needs at least {_LEAST} subnets to be verified; got {num_subnets}")
-    chosen = _spread(_candidates(run), num_subnets)
     path = run.folder.file(RANKING)
-    alone = _trained_before(path)
+    chosen = ranks.from_main(lambda: _spread(_candidates(run), num_subnets))
+    alone = ranks.from_main(lambda: _trained_before(path))
     done: list[dict[str, Any]] = []
     for number, one in enumerate(chosen, 1):
         widths = Widths(one["widths"])
@@ -50,7 +51,7 @@ def verify_ranking(run: Run, num_subnets: int) -> Mapping[str, Any]:
             run.say(f"training subnet {number} of {len(chosen)} alone, to verify the ranking")
             alone[widths] = _train_alone(run, widths, number)
         done.append({**one, "accuracy_alone": alone[widths]})
-        write_json(path, _record(done))
+        ranks.in_main(lambda: write_json(path, _record(done)))
     record = _record(done)
     run.say(
         f"Kendall's tau with the {run.task.score_name} of {len(done)} subnets trained alone: of the supernet's scores "

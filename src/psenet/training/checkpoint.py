@@ -1,7 +1,11 @@
-"""Checkpoints: all that a training needs to go on as if it had never stopped, and the one before in reserve."""
+"""Checkpoints: all that a training needs to go on as if it had never stopped, and the one before in reserve.
+
+Of several processes that train together rank 0 writes and reads them, with the random states of all.
+"""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
@@ -9,6 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 import torch
 from torch import nn
 
+from psenet import ranks
 from psenet.errors import InputError, first_line
 from psenet.files import write_atomically
 from psenet.training.config import TrainConfig
@@ -20,7 +25,7 @@ if TYPE_CHECKING:
 _PARTS = frozenset(
     (
         *("position", "num_steps", "settings", "module", "optimizer", "extras"),
-        *("random", "cuda_random", "feed", "scaler"),
+        *("ranks", "scaler"),
     )
 )
 """What a checkpoint holds."""
@@ -82,10 +87,12 @@ class Checkpoint:
         self._path = path
         self._accelerator = accelerator
         self._module = module
-        self._parts: dict[str, Stateful] = {"module": module, "optimizer": optimizer, "feed": feed}
+        self._parts: dict[str, Stateful] = {"module": module, "optimizer": optimizer}
+        self._feed = feed
         self._extras = extras
         self._settings = config.as_dict()
         self._num_steps = num_steps
+        self._num_ranks = ranks.num_ranks()
         self._is_damaged = False
 
     def save(self, position: Position) -> None:
@@ -94,20 +101,34 @@ class Checkpoint:
         Raises:
             OSError: The disk is full or the folder cannot be written to; nothing that was written before is lost.
         """
-        if self._path is None or not self._accelerator.is_main_process:
+        path = self._path
+        if path is None:
             return
+        of_ranks = ranks.gather(self._of_rank())
+        ranks.in_main(lambda: self._write(path, self._state(position, of_ranks)))
+
+    def _of_rank(self) -> dict[str, Any]:
+        """Return what every rank has of its own."""
+        device = self._accelerator.device
+        return {
+            "random": random_state(),
+            "cuda_random": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+            "feed": self._feed.state_dict(),
+        }
+
+    def _state(self, position: Position, of_ranks: list[dict[str, Any]]) -> dict[str, Any]:
         scaler = self._accelerator.scaler
-        state = {
+        return {
             **{name: part.state_dict() for name, part in self._parts.items()},
             "position": vars(position),
             "num_steps": self._num_steps,
             "settings": self._settings,
             "extras": {name: extra.state_dict() for name, extra in self._extras.items()},
-            "random": random_state(),
-            "cuda_random": torch.cuda.get_rng_state_all(),
+            "ranks": of_ranks,
             "scaler": None if scaler is None else scaler.state_dict(),
         }
 
+    def _write(self, path: Path, state: dict[str, Any]) -> None:
         def write(stream: BinaryIO) -> None:
             try:
                 torch.save(state, stream)
@@ -115,7 +136,7 @@ class Checkpoint:
                 # Of a full disk torch says that a position is unexpected.
                 raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
-        write_atomically(self._path, write, keep=None if self._is_damaged else previous_of(self._path))
+        write_atomically(path, write, keep=None if self._is_damaged else previous_of(path))
         self._is_damaged = False
 
     def load(self) -> Position:
@@ -124,12 +145,46 @@ class Checkpoint:
         Raises:
             InputError: No checkpoint can be read, or they are of another training; nothing has changed then.
         """
-        state = self._read()
+        state = ranks.from_main(self._read_checked)
         if state is None:
+            self._begin_alike()
             return Position()
-        try:
-            self._check_same(state)
+        with self._naming_what_is_damaged():
             return self._take(state)
+
+    def _take(self, state: Mapping[str, Any]) -> Position:
+        for name, part in self._parts.items():
+            part.load_state_dict(state[name])
+        for name, extra in self._extras.items():
+            extra.load_state_dict(state["extras"][name])
+        own = state["ranks"][ranks.rank()]
+        self._feed.load_state_dict(own["feed"])
+        set_random_state(own["random"])
+        if own["cuda_random"] is not None and self._accelerator.device.type == "cuda":
+            torch.cuda.set_rng_state(own["cuda_random"], self._accelerator.device)
+        if self._accelerator.scaler is not None and state["scaler"] is not None:
+            self._accelerator.scaler.load_state_dict(state["scaler"])
+        return Position(**state["position"])
+
+    def _begin_alike(self) -> None:
+        """Let all ranks begin with the extra state of rank 0, such as its strategy's; they have its weights already."""
+        extras = ranks.from_main(lambda: {name: extra.state_dict() for name, extra in self._extras.items()})
+        if not ranks.is_main():
+            for name, extra in self._extras.items():
+                extra.load_state_dict(extras[name])
+
+    def _read_checked(self) -> dict[str, Any] | None:
+        state = self._read()
+        if state is not None:
+            with self._naming_what_is_damaged():
+                self._check_same(state)
+        return state
+
+    @contextmanager
+    def _naming_what_is_damaged(self) -> Iterator[None]:
+        """Say of a state that can be read and has not what it must have that it is damaged."""
+        try:
+            yield
         except InputError:
             raise
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -137,18 +192,6 @@ class Checkpoint:
             raise InputError(
                 f"{self._there()[0]} is damaged: {first_line(error)}; delete {names} to start this stage again"
             ) from error
-
-    def _take(self, state: Mapping[str, Any]) -> Position:
-        for name, part in self._parts.items():
-            part.load_state_dict(state[name])
-        for name, extra in self._extras.items():
-            extra.load_state_dict(state["extras"][name])
-        set_random_state(state["random"])
-        if len(state["cuda_random"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["cuda_random"])
-        if self._accelerator.scaler is not None and state["scaler"] is not None:
-            self._accelerator.scaler.load_state_dict(state["scaler"])
-        return Position(**state["position"])
 
     def _read(self) -> dict[str, Any] | None:
         """Return the newest state that is whole; None if there is no file."""
@@ -179,8 +222,12 @@ class Checkpoint:
         ]
         if _shapes(state["module"]) != _shapes(self._module.state_dict()):
             differences.append("a model with other weights")
-        num_generators = len(self._parts["feed"].state_dict()["generators"])
-        if state["extras"].keys() != self._extras.keys() or len(state["feed"]["generators"]) != num_generators:
+        num_ranks, num_generators = len(state["ranks"]), len(self._feed.state_dict()["generators"])
+        if num_ranks != self._num_ranks:
+            differences.append(f"a training by {num_ranks} processes, this one has {self._num_ranks}")
+        if state["extras"].keys() != self._extras.keys() or any(
+            len(own["feed"]["generators"]) != num_generators for own in state["ranks"]
+        ):
             differences.append("another kind of training or loader")
         if differences:
             raise InputError(

@@ -86,6 +86,12 @@ def generators_of(loader: DataLoader) -> list[torch.Generator]:
     return list(dict.fromkeys(generator for generator in found if isinstance(generator, torch.Generator)))
 
 
+def generators_of_samplers(loader: DataLoader) -> list[tuple[Any, torch.Generator | None]]:
+    """Return the samplers of a loader that may have a generator, each with its own or None."""
+    samplers: Iterable[Any] = (loader.sampler, getattr(loader.batch_sampler, "sampler", None))
+    return [(sampler, getattr(sampler, "generator", None)) for sampler in samplers if hasattr(sampler, "generator")]
+
+
 def random_state() -> dict[str, Any]:
     """Return the states of the process's generators on the CPU (torch, Python, NumPy) as tensors and plain values."""
     of_numpy = np.random.get_state(legacy=False)

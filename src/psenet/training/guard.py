@@ -7,10 +7,13 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from psenet import ranks
+
 _MOST_SKIPPED = 40
 """Steps left out in a row, each of which halves the factor by which gradients of half precision are scaled."""
 _STATISTICS = ("running_mean", "running_var")
 """Buffers that a step changes. Others may be infinite on purpose, as masks are."""
+_IN_THE_LOSS = "weights, images and the outputs of all layers are finite, the loss of them is not"
 
 
 class TrainingDivergedError(RuntimeError):
@@ -53,7 +56,10 @@ class Guard:
         if bool(torch.isfinite(loss).all()):
             return
         first = self._explain() if self._explain is not None else ""
-        self._stop(f"the loss is {float(loss)} at step {number}{first} ({self._where(batch, number)})")
+        # The loss is the mean over all ranks, so all come here; the batch of one of them broke it.
+        places = ranks.gather(self._where(batch, number))
+        where = next((place for place in places if place != _IN_THE_LOSS), _IN_THE_LOSS)
+        self._stop(f"the loss is {float(loss)} at step {number}{first} ({where})")
 
     def check_weights(self, number: int) -> None:
         """Stop if weights or running statistics are not finite: a last step can break them after a finite loss.
@@ -64,7 +70,8 @@ class Guard:
         broken = _broken_weights(self._module)
         if broken:
             self._stop(f"{len(broken)} weights are not finite after step {number}, {broken[0]} first")
-        broken = _broken_statistics(self._module)
+        # Every rank has statistics of its own, and all must stop together.
+        broken = next(filter(None, ranks.gather(_broken_statistics(self._module))), [])
         if broken:
             self._stop(f"{len(broken)} running statistics are not finite after step {number}, {broken[0]} first")
 
@@ -90,7 +97,7 @@ class Guard:
         layers = _layers_not_finite(self._module, lambda: self._run_again(batch, number))
         if layers:
             return f"weights and images are finite, the outputs of layer {layers[0]} are not"
-        return "weights, images and the outputs of all layers are finite, the loss of them is not"
+        return _IN_THE_LOSS
 
     def _stop(self, what: str) -> NoReturn:
         kept = (

@@ -13,7 +13,7 @@ from psenet.inputs import Inputs, as_arguments, num_samples
 from psenet.memory_format import ImageLayout, guarded_convolutions
 from psenet.training.config import TrainConfig
 from psenet.training.curves import Recorder
-from psenet.training.loop import Batch, fit
+from psenet.training.loop import Batch, Mean, fit
 from psenet.training.losses import LossFn, cross_entropy, mixed_loss
 from psenet.training.steps import teach
 
@@ -60,13 +60,15 @@ def train_model(
 
     layout = ImageLayout(model)
 
-    def step(module: nn.Module, batch: Batch, number: int, backward: Callable[[torch.Tensor], None]) -> torch.Tensor:
+    def step(
+        module: nn.Module, batch: Batch, number: int, backward: Callable[[torch.Tensor], None], mean: Mean
+    ) -> torch.Tensor:
         x, labels = batch
         x = layout(x)
         outputs, taught = _forward(module, x, number), teach(teacher, x)
         loss = mixed_loss(loss_fn, config, outputs, labels, taught, num_samples=num_samples(x)).mean()
         backward(loss)
-        return loss.detach()
+        return mean(loss.detach())
 
     with guarded_convolutions(model):
         fit(

@@ -15,7 +15,7 @@ from psenet.space import WidthSpace
 from psenet.supernet import Supernet
 from psenet.training.config import TrainConfig
 from psenet.training.curves import Recorder
-from psenet.training.loop import Batch, fit
+from psenet.training.loop import Batch, Mean, fit
 from psenet.training.losses import LossFn, cross_entropy
 from psenet.training.steps import Objective, train_distilled
 from psenet.training.strategies import LearningStrategy, Strategy, make_strategy
@@ -82,12 +82,14 @@ def train_supernet(
     history = History(supernet.space)
     objective = Objective(loss_fn, config, teacher)
 
-    def step(module: nn.Module, batch: Batch, number: int, backward: Callable[[torch.Tensor], None]) -> torch.Tensor:
+    def step(
+        module: nn.Module, batch: Batch, number: int, backward: Callable[[torch.Tensor], None], mean: Mean
+    ) -> torch.Tensor:
         x, labels = batch
         if isinstance(chosen, LearningStrategy) and number and number % chosen.learns_every == 0:
             chosen.learn(history)
         widths = chosen.next_widths()
-        losses = chosen.train(module, x, labels, widths, objective, backward)
+        losses = mean(chosen.train(module, x, labels, widths, objective, backward))
         history.append(number, widths[: len(losses)], losses)
         return losses.mean()
 
