@@ -19,7 +19,7 @@ def write_result(name: str, figures: dict[str, Any], *, seed: int | None = None)
         path,
         {
             "command": shlex.join(["python", *sys.argv]),
-            "commit": _commit(),
+            "commit": commit(),
             "seed": seed,
             "versions": versions(),
             "hardware": hardware(),
@@ -29,6 +29,7 @@ def write_result(name: str, figures: dict[str, Any], *, seed: int | None = None)
     return path
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Return the short name of the commit that is checked out."""
     run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return run.stdout.strip() or "unknown"

@@ -254,6 +254,12 @@ def test_a_timm_data_set_is_divided_like_a_folder(image_tree):
     assert sorted(found[3]) == list(range(80, 92))
 
 
+def test_a_timm_data_set_of_a_single_class_is_refused(image_tree):
+    root = image_tree({"train/cat": 8, "validation/cat": 6})
+    with pytest.raises(InputError, match="a data set must have at least two classes; 'torch/image_folder' has one"):
+        load_data(f"torch/image_folder@{root}")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not CIFAR10_ARCHIVE.exists(), reason="the CIFAR-10 archive is not beside the checkout")
 def test_cifar10_is_divided_as_documented(tmp_path):

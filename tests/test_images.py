@@ -1,5 +1,7 @@
 import pickle
 import re
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -230,3 +232,102 @@ def test_large_sets_are_read_when_asked_for_and_name_a_bad_image_then(image_tree
         file.write_bytes(b"")
     with pytest.raises(InputError, match=r"one is not: .*\.png \(not an image\)"):
         lazy.train[0]
+
+
+# Huge, tiny and long images -------------------------------------------------------------------------------------------
+
+
+def save_striped(path: Path, width: int, height: int, **options: Any) -> None:
+    """Save an image whose left half is red and whose right half is blue."""
+    pixels_HWC = np.zeros((height, width, 3), dtype=np.uint8)
+    pixels_HWC[:, : width // 2, 0] = pixels_HWC[:, width // 2 :, 2] = 255
+    Image.fromarray(pixels_HWC).save(path, **options)
+
+
+@pytest.mark.parametrize("most", [300, 150, 70], ids=["warned of", "refused by PIL", "an eighth"])
+def test_a_huge_jpeg_is_decoded_at_a_fraction_of_its_size(tmp_path, monkeypatch, most):
+    save_striped(tmp_path / "huge.jpg", 24, 20)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most)
+    image_CHW = images.FilePool([str(tmp_path / "huge.jpg")], np.zeros(1, dtype=np.int64)).read(0)
+    assert image_CHW[0].numel() <= most
+    assert image_CHW.shape[2] in (12, 6, 3)
+    red, _, blue = image_CHW[:, 0].int()
+    assert red[0] > 200 > 60 > red[-1] and blue[-1] > 200 > 60 > blue[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("huge.png", {}, "more than 100 pixels: save it smaller"),
+        ("huge.jpg", {"progressive": True}, "24 x 20 pixels, more than 100: save it smaller"),
+    ],
+)
+def test_a_huge_image_that_cannot_be_made_smaller_is_named(image_tree, monkeypatch, name, options, words):
+    root = image_tree({"cat": 8, "dog": 8}, side=8)
+    save_striped(root / "cat" / name, 24, 20, **options)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(InputError, match=rf"1 are not: \S*cat/{name} \({words}\)\. Repair or remove"):
+        load_data(str(root))
+
+
+def test_a_jpeg_that_is_too_large_even_at_an_eighth_is_refused(tmp_path, monkeypatch):
+    save_striped(tmp_path / "huge.jpg", 240, 200)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match="240 x 200 pixels, more than 100: save it smaller"):
+        images.FilePool([str(tmp_path / "huge.jpg")], np.zeros(1, dtype=np.int64)).read(0)
+
+
+def test_a_bomb_is_refused_by_its_header_without_decoding_it(image_tree):
+    root = image_tree({"cat": 8, "dog": 8})
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n"
+    for kind, content in ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000)))):
+        chunk = kind + content
+        bomb += struct.pack(">I", len(content)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    (root / "cat" / "bomb.png").write_bytes(bomb)
+    with pytest.raises(InputError, match=r"1 are not: \S*bomb\.png \(more than 89478485 pixels: save it smaller\)"):
+        load_data(str(root))
+
+
+def test_a_bomb_in_a_data_set_of_timm_is_named(monkeypatch):
+    class Bombs(torch.utils.data.Dataset[Any]):
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, index: int) -> Any:
+            raise Image.DecompressionBombError("Image size (900000000 pixels) exceeds limit")
+
+    pool = images.TimmPool(Bombs(), np.zeros(1, dtype=np.int64))
+    with pytest.raises(InputError, match=r"1 are not: image 0 \(Image size \(900000000 pixels\) exceeds limit\)"):
+        images.decode(pool, {"train": np.arange(1)}, size=16, num_channels=3, skip_unreadable=False)
+
+
+@pytest.mark.parametrize("size", [16, 96])
+@pytest.mark.parametrize("augment", [False, True])
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 20_000), (20_000, 1), (3, 500)])
+def test_tiny_and_long_images_give_what_the_model_takes_and_need_little_memory(
+    monkeypatch, size, augment, width, height
+):
+    from torchvision.transforms.v2 import functional
+
+    scaled: list[int] = []
+    resize = functional.resize
+
+    def counted_resize(image_CHW: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        out_CHW = resize(image_CHW, *args, **options)
+        scaled.append(out_CHW.numel())
+        return out_CHW
+
+    monkeypatch.setattr(functional, "resize", counted_resize)
+    image_CHW = torch.full((3, height, width), 200, dtype=torch.uint8)
+    out_CHW = make_transform(size, Look(mean=(0.0,) * 3, std=(1.0,) * 3, pad=0), augment=augment)(image_CHW)
+    assert out_CHW.shape == (3, size, size)
+    assert (out_CHW == 200).all()
+    assert max(scaled, default=0) <= 3 * 4 * 110 * 110
+
+
+def test_the_middle_of_a_long_image_is_what_remains():
+    image_CHW = torch.zeros((1, 2, 100), dtype=torch.uint8)
+    image_CHW[:, :, 49:51] = 9
+    out_CHW = make_transform(2, UNIT, augment=False)(image_CHW)
+    assert (out_CHW == 9).all()

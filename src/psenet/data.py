@@ -321,6 +321,8 @@ def _open_timm(name: str) -> _Collection:
     unknown = sorted(set(labels["test"].tolist()) - set(labels["train"].tolist()))
     if unknown:
         raise InputError(f"the test labels of {name!r} must occur in training; these do not: {listed(unknown)}")
+    if len(np.unique(labels["train"])) < 2:
+        raise InputError(f"a data set must have at least two classes; {name!r} has one")
     names = getattr(sets["train"], "classes", None) or range(int(labels["train"].max()) + 1)
     return _Collection(
         pool=TimmPool(ConcatDataset(list(sets.values())), np.concatenate(list(labels.values()))),

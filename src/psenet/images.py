@@ -7,8 +7,6 @@ Legend: N images, C channels, H height, W width.
 """
 
 import math
-import os
-import stat
 import struct
 import warnings
 import zlib
@@ -21,6 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from psenet.decoding import open_image, refusing_bombs, to_tensor
 from psenet.errors import InputError
 
 LabelledImage = tuple[torch.Tensor, int]
@@ -31,8 +30,9 @@ _CROP_SHARE = 0.875
 _MAX_LISTED = 10
 _UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, struct.error, zlib.error)
 """What PIL raises at broken files of its many formats."""
-_AT_MOST_16_BITS = ("PNG", "PPM")
-"""Formats whose grey pixels have 16 bits where PIL takes them for 32."""
+_LONGEST = 4
+"""Sides: of an image that is longer only so much of its middle is scaled, as one of 1 x 60000 pixels would fill the
+memory."""
 _UNREADABLE_MESSAGE = (
     "every image must be readable; {}. Repair or remove them, or ask for unreadable images to be skipped"
 )
@@ -98,12 +98,12 @@ class FilePool:
 
     def read(self, index: int) -> torch.Tensor:
         """Decode a file of any mode as RGB."""
-        with _open_image(self.paths[index]) as image:
-            return _to_tensor(image)
+        with open_image(self.paths[index]) as image:
+            return to_tensor(image)
 
     def sides(self, index: int) -> tuple[int, int]:
         """Return width and height from the header."""
-        with _open_image(self.paths[index]) as image:
+        with open_image(self.paths[index]) as image:
             return image.size
 
     def name(self, index: int) -> str:
@@ -125,43 +125,17 @@ class TimmPool:
 
     def read(self, index: int) -> torch.Tensor:
         """Return an image of any mode as RGB."""
-        return _to_tensor(self.dataset[index][0])
+        with refusing_bombs():
+            return to_tensor(self.dataset[index][0])
 
     def sides(self, index: int) -> tuple[int, int]:
         """Return width and height."""
-        return self.dataset[index][0].size
+        with refusing_bombs():
+            return self.dataset[index][0].size
 
     def name(self, index: int) -> str:
         """Return the position."""
         return f"image {index}"
-
-
-def _open_image(path: str) -> Any:
-    from PIL import Image
-
-    # A pipe would be waited for, and a device read, for ever. Links are followed: data sets are often made of them.
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError("not a file")
-    try:
-        return Image.open(path)
-    except Image.DecompressionBombError as error:  # The only one of PIL's errors that derives from none of _UNREADABLE.
-        raise ValueError(str(error)) from error
-
-
-def _to_tensor(image: Any) -> torch.Tensor:
-    """Return a PIL image of any mode as RGB, uint8 of shape (3, H, W); of several frames the first.
-
-    Raises:
-        ValueError: Its pixels have 32 bits, so that nobody knows what is black and what white.
-    """
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _AT_MOST_16_BITS):
-        grey_HW = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)  # PIL makes white of all above 255
-        pixels_HWC = np.repeat(grey_HW[:, :, None], 3, axis=2)
-    elif image.mode in ("I", "F"):
-        raise ValueError("pixels of 32 bits, whose range is not known: save it with 8 or 16 bits")
-    else:
-        pixels_HWC = np.array(image if image.mode == "RGB" else image.convert("RGB"))
-    return torch.from_numpy(pixels_HWC).permute(2, 0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,6 +251,9 @@ def _fit(image_CHW: torch.Tensor, side: int) -> torch.Tensor:
         return image_CHW
     from torchvision.transforms.v2 import functional
 
+    height, width = image_CHW.shape[1:]
+    if max(height, width) > _LONGEST * min(height, width):
+        image_CHW = functional.center_crop(image_CHW, [min(height, _LONGEST * width), min(width, _LONGEST * height)])
     return functional.center_crop(functional.resize(image_CHW, [side], antialias=True), [side, side])
 
 

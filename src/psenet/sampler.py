@@ -5,21 +5,21 @@ Optuna is imported here at the top; import this module only where a search runs.
 Legend: G channel groups, N settings, K children.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from psenet.budget import Limits
 from psenet.predictor import Predictor
 from psenet.prior import Prior
 from psenet.proposal import Proposal
 from psenet.space import WidthSpace
-from psenet.storage import numbers_retried
+from psenet.tried import Inside, Tried
 from psenet.widths import Widths
 
 _TRIES = 16
@@ -29,6 +29,8 @@ _BROOD = 8
 the search would end where the predictor is wrong."""
 _TRAINING_COUNTS = 30
 """What training thought of widths counts as much as so many scores."""
+_LEARNED = 4096
+"""So many latest scores are learned from: more would make a proposal slow and tell it little."""
 _LISTED = 4096
 """Settings listed beyond those already known."""
 _REFITS = 16
@@ -38,16 +40,6 @@ longer than all else that a proposal does."""
 
 class SpaceExhausted(RuntimeError):  # noqa: N818 - says what happened, as StopIteration does
     """Every setting inside the limits has been proposed already."""
-
-
-class Tried(NamedTuple):
-    """What has been tried in a study: all settings, and levels and scores of the completed ones."""
-
-    settings: set[bytes]
-    levels: np.ndarray
-    """Shape (N, G)."""
-    scores: np.ndarray
-    """Shape (N,)."""
 
 
 class PriorEvolutionSampler(BaseSampler):
@@ -93,7 +85,7 @@ class PriorEvolutionSampler(BaseSampler):
         self._prior = Prior.uniform(space) if prior is None else prior.on(space)
         self._flat = Prior.uniform(space)
         self.distributions = width_distributions(space)
-        self._rows: dict[int, tuple[dict[str, Any], np.ndarray]] = {}
+        self._listed: dict[Limits, tuple[np.ndarray, bool]] = {}
         self._predicts: tuple[bytes, Predictor] | None = None
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
@@ -104,8 +96,10 @@ class PriorEvolutionSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """Return the widths of the next trial; see `propose`."""
-        others = [other for other in study.get_trials(deepcopy=False) if other.number != trial.number]
-        return dict(self.propose(self.read(others)))
+        # The trial itself has no widths yet, so it does not count.
+        tried = self.tried()
+        tried.read(study.get_trials(deepcopy=False))
+        return dict(self.propose(tried))
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -120,46 +114,49 @@ class PriorEvolutionSampler(BaseSampler):
     def propose(self, tried: Tried, limits: Limits | None = None) -> Widths:
         """Return a setting inside limits that none of the trials has.
 
-        Prior and predictor learn from all trials; only those inside the limits are parents.
+        Prior and predictor learn from the latest trials, wherever they are; only those inside the limits are parents.
 
         Args:
-            tried: What the trials say.
+            tried: What has been tried in the study.
             limits: Reachable limits; None for the sampler's own.
 
         Raises:
             SpaceExhausted: The trials have every setting inside the limits.
         """
-        known, tried_NG, scores_N = tried
-        rng = np.random.default_rng([self.seed, len(known)])
+        limits = limits or self.limits
+        rng = np.random.default_rng([self.seed, tried.num_settings])
         # The more scores there are, the more often a proposal is free of what training thought, which may be wrong.
-        is_free = self._informed and rng.random() * (len(scores_N) + _TRAINING_COUNTS) >= _TRAINING_COUNTS
+        is_free = self._informed and rng.random() * (tried.num_scores + _TRAINING_COUNTS) >= _TRAINING_COUNTS
         prior = self._flat if is_free else self._prior
-        if self.learn and len(scores_N) >= 4 and not is_free:
-            prior = prior.updated(self._prior.levels.widths(tried_NG), scores_N.tolist())
-        proposal = prior.proposal(limits or self.limits)
-        predictor = self._updated_predictor(tried_NG, scores_N)
-        inside_N = proposal.fits(tried_NG)
-        parents_NG, scores_N = tried_NG[inside_N], scores_N[inside_N]
-        num_known = int(proposal.fits(self._rows_of(known)).sum())
+        if self.learn and tried.num_scores >= 4 and not is_free:
+            levels_NG, scores_N = tried.scored(at_most=_LEARNED)
+            prior = prior.updated(self._prior.levels.widths(levels_NG), scores_N.tolist())
+        proposal = prior.proposal(limits)
+        predictor = self._updated_predictor(tried)
+        inside = tried.inside(limits, at_most=max(2, self.population_size))
         for attempt in range(_TRIES):
             # A converged population breeds what is known; later attempts mutate more.
-            child_G = self._child(proposal, predictor, parents_NG, scores_N, num_known, attempt, rng)
-            if child_G.tobytes() not in known:
+            child_G = self._child(proposal, predictor, inside, attempt, rng)
+            if not tried.knows(child_G):
                 return self._widths(proposal, child_G)
-        return self._widths(proposal, self._unseen(proposal, known, rng))
+        return self._widths(proposal, self._unseen(proposal, tried, rng))
 
     def predict(self, tried: Tried, widths: Widths) -> float | None:
         """Return what the predictor expects of a setting, from the completed trials; None where it knows no scores."""
-        predictor = self._updated_predictor(tried.levels, tried.scores)
+        predictor = self._updated_predictor(tried)
         return None if predictor is None or predictor.scores is None else float(predictor.predict([widths])[0][0])
 
-    def _updated_predictor(self, levels_NG: np.ndarray, scores_N: np.ndarray) -> Predictor | None:
+    def tried(self) -> Tried:
+        """Return what has been tried in a study of which nothing has been read yet."""
+        return Tried(self._prior.levels)
+
+    def _updated_predictor(self, tried: Tried) -> Predictor | None:
         """Return the predictor with all or nearly all scores, or None while it could not tell settings apart."""
         if self.predictor is None:
             return None
         # By the number of scores and not by what this process has done: a search that goes on must propose the same.
-        num_learned = len(scores_N) - len(scores_N) % max(1, len(scores_N) // _REFITS)
-        levels_NG, scores_N = levels_NG[:num_learned], scores_N[:num_learned]
+        num_learned = tried.num_scores - tried.num_scores % max(1, tried.num_scores // _REFITS)
+        levels_NG, scores_N = tried.scored(at_most=_LEARNED, among_first=num_learned)
         # The same sampler may serve another study, so the number of scores alone says nothing.
         known = levels_NG.tobytes() + scores_N.tobytes()
         if self._predicts is None or self._predicts[0] != known:
@@ -168,57 +165,22 @@ class PriorEvolutionSampler(BaseSampler):
         predictor = self._predicts[1]
         return predictor if predictor.knows_something else None
 
-    def read(self, trials: Iterable[FrozenTrial]) -> Tried:
-        """Return what the trials of a study, in any state, say."""
-        trials = list(trials)
-        # Their widths count once, with the score of the trial that tries them again.
-        superseded = numbers_retried(trials)
-        rows: list[np.ndarray] = []
-        scores: list[float] = []
-        for trial in trials:
-            if trial.number in superseded:
-                continue
-            row_G = self._levels_of(trial)
-            if row_G is not None:
-                rows.append(row_G)
-                scores.append(trial.values[0] if trial.state == TrialState.COMPLETE and trial.values else np.nan)
-        levels_NG = np.array(rows, dtype=np.int64).reshape(len(rows), len(self.space.groups))
-        scores_N = np.array(scores, dtype=np.float64)
-        done_N = np.isfinite(scores_N)
-        return Tried({row_G.tobytes() for row_G in rows}, levels_NG[done_N], scores_N[done_N])
-
-    def _levels_of(self, trial: FrozenTrial) -> np.ndarray | None:
-        """Return a trial's levels, shape (G,), or None while it has not all its widths."""
-        known = self._rows.get(trial.number)
-        # The same sampler may serve another study, so a number alone says nothing.
-        if known is None or known[0] != trial.params:
-            if any(group.name not in trial.params for group in self.space.groups):
-                return None
-            widths_1G = np.array([[trial.params[group.name] for group in self.space.groups]], dtype=np.int64)
-            known = self._rows[trial.number] = (dict(trial.params), self._prior.levels.levels(widths_1G)[0])
-        return known[1]
-
-    def _rows_of(self, settings: set[bytes]) -> np.ndarray:
-        levels_X = np.frombuffer(b"".join(settings), dtype=np.int64)
-        return levels_X.reshape(len(settings), len(self.space.groups))
-
     def _child(
         self,
         proposal: Proposal,
         predictor: Predictor | None,
-        parents_NG: np.ndarray,
-        scores_N: np.ndarray,
-        num_known: int,
+        inside: Inside,
         attempt: int,
         rng: np.random.Generator,
     ) -> np.ndarray:
         """Make one setting inside the limits, shape (G,)."""
         num = 1 if predictor is None else _BROOD
-        if num_known < self.num_seeds or len(scores_N) < 2 or rng.random() < self.fresh_share:
+        num_known = inside.num_settings
+        if num_known < self.num_seeds or len(inside.scores) < 2 or rng.random() < self.fresh_share:
             likeliest = self._informed and num_known == 0 and attempt == 0
             children_KG = proposal.probability.argmax(axis=1)[None] if likeliest else proposal.draw(num, rng)
         else:
-            children_KG = self._bred(proposal, parents_NG, scores_N, attempt, num, rng)
+            children_KG = self._bred(proposal, inside.levels[: self.population_size], attempt, num, rng)
         children_KG = proposal.repair(children_KG, rng)
         if predictor is not None:
             mean_K, std_K = predictor.predict(proposal.levels.widths(children_KG))
@@ -230,26 +192,31 @@ class PriorEvolutionSampler(BaseSampler):
         self,
         proposal: Proposal,
         parents_NG: np.ndarray,
-        scores_N: np.ndarray,
         attempt: int,
         num: int,
         rng: np.random.Generator,
     ) -> np.ndarray:
         """Return children of the best, mixed group by group and mutated, inside the limits or not, shape (num, G)."""
         num_groups = len(self.space.groups)
-        order_N = np.argsort(-scores_N, kind="stable")[: self.population_size]
-        mother_K, father_K = (order_N[rng.integers(len(order_N), size=(num, 2)).min(axis=1)] for _ in range(2))
+        mother_K, father_K = (rng.integers(len(parents_NG), size=(num, 2)).min(axis=1) for _ in range(2))
         mix_KG = rng.random((num, num_groups)) < 0.5
         children_KG = np.where(mix_KG, parents_NG[mother_K], parents_NG[father_K])
         return proposal.mutate(children_KG, min(1.0, (1.0 + attempt) / num_groups), rng)
 
-    def _unseen(self, proposal: Proposal, known: set[bytes], rng: np.random.Generator) -> np.ndarray:
-        listed_NG, _ = proposal.list_fitting(len(known) + _LISTED)
-        unseen_NG = listed_NG[[row_G.tobytes() not in known for row_G in listed_NG]]
+    def _unseen(self, proposal: Proposal, tried: Tried, rng: np.random.Generator) -> np.ndarray:
+        listed_NG = self._first_settings(proposal, tried.num_settings + _LISTED)
+        unseen_NG = listed_NG[[not tried.knows(row_G) for row_G in listed_NG]]
         if not len(unseen_NG):
             # More settings than known are listed where there are more: the list is complete.
             raise SpaceExhausted(f"all {len(listed_NG)} settings inside the limits are known")
         return unseen_NG[(proposal.score(unseen_NG) + rng.gumbel(size=len(unseen_NG))).argmax()]
+
+    def _first_settings(self, proposal: Proposal, at_most: int) -> np.ndarray:
+        """List settings inside limits, smallest first; the list is made for more, and used again and again."""
+        listed_NG, is_complete = self._listed.get(proposal.limits, (np.zeros((0, 0), dtype=np.int64), False))
+        if len(listed_NG) < at_most and not is_complete:
+            self._listed[proposal.limits] = listed_NG, _ = proposal.list_fitting(2 * at_most)
+        return listed_NG[:at_most]
 
     def _widths(self, proposal: Proposal, levels_G: np.ndarray) -> Widths:
         return self.space.from_array(proposal.levels.widths(levels_G[None]))[0]

@@ -10,6 +10,7 @@ import os
 import socket
 import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -128,22 +129,29 @@ def _mend_journal(path: Path) -> None:
     lock = JournalFileSymlinkLock(str(path))
     lock.acquire()
     try:
-        content = path.read_bytes()
-        whole, newline, rest = content.rpartition(b"\n")
-        for number, line in enumerate(whole.split(b"\n") if newline else [], start=1):
-            try:
-                record = json.loads(line)
-            except ValueError:
-                record = None
-            if not isinstance(record, dict) or "op_code" not in record:
-                raise ValueError(f"line {number} is no record of an Optuna journal")
+        rest = b""
+        with path.open("rb") as file:  # line by line: a journal may be larger than the memory
+            for number, line in enumerate(file, start=1):
+                if line.endswith(b"\n"):
+                    _check_record(line, number)
+                else:
+                    rest = line
         start = b'{"op_code"'
         if rest and not rest.startswith(start[: len(rest)]):
             raise ValueError("its last line is no record of an Optuna journal")
         if rest:
-            os.truncate(path, len(content) - len(rest))
+            os.truncate(path, path.stat().st_size - len(rest))
     finally:
         lock.release()
+
+
+def _check_record(line: bytes, number: int) -> None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or "op_code" not in record:
+        raise ValueError(f"line {number} is no record of an Optuna journal")
 
 
 def put_back_orphans(study: "Study") -> None:
@@ -171,22 +179,33 @@ def put_back(study: "Study", number: int) -> None:
         return
 
 
-def left_over(trials: "list[FrozenTrial]") -> "list[FrozenTrial]":
-    """Return the trials whose widths are to be tried: those put back, and those that somebody queued by hand."""
+def is_to_be_tried(trial: "FrozenTrial") -> bool:
+    """Return whether the widths of a trial are to be tried: it was put back, or somebody queued it by hand.
+
+    One that was put back no more, once another trial tries them again.
+    """
     from optuna.trial import TrialState
 
-    retried = numbers_retried(trials)
-    return [
-        trial
-        for trial in trials
-        if trial.state == TrialState.WAITING
-        or (trial.state == TrialState.FAIL and _PUT_BACK in trial.user_attrs and trial.number not in retried)
-    ]
+    return trial.state == TrialState.WAITING or (trial.state == TrialState.FAIL and _PUT_BACK in trial.user_attrs)
 
 
-def numbers_retried(trials: "list[FrozenTrial]") -> set[int]:
-    """Return the numbers of the trials whose widths another trial tries again."""
-    return {trial.user_attrs[RETRY_OF] for trial in trials if RETRY_OF in trial.user_attrs}
+class Changes:
+    """Tells which trials of a study may have changed since it was asked last; those that are finished never do."""
+
+    def __init__(self) -> None:
+        self._num_seen = 0
+        self._unfinished: list[int] = []
+
+    def among(self, trials: "Sequence[FrozenTrial]") -> "list[FrozenTrial]":
+        """Return the trials that are new, or were unfinished when last asked.
+
+        Args:
+            trials: All of the study, the n-th with the number n.
+        """
+        changed = [*(trials[number] for number in self._unfinished), *trials[self._num_seen :]]
+        self._unfinished = [trial.number for trial in changed if not trial.state.is_finished()]
+        self._num_seen = len(trials)
+        return changed
 
 
 def worker_name() -> str:

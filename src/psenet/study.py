@@ -4,14 +4,15 @@ import contextlib
 import math
 import statistics
 import uuid
+from bisect import insort
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from psenet.budget import Limits
-from psenet.found import SearchProgress, SearchResult, best_of
+from psenet.found import SearchProgress, SearchResult
 from psenet.scoring import Outcome, Scorer
 from psenet.space import WidthSpace
-from psenet.storage import RETRY_OF, WORKER, numbers_retried, put_back, worker_name
+from psenet.storage import RETRY_OF, WORKER, put_back, worker_name
 from psenet.tally import BAD_SCORE, PREDICTED, SHARE, StudyReader, Tally
 from psenet.widths import Widths
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial
 
-    from psenet.sampler import PriorEvolutionSampler, Tried
+    from psenet.sampler import PriorEvolutionSampler
 
 _KEY = "psenet_key"
 """Trial attribute: by which the trial just added is found."""
@@ -68,7 +69,8 @@ class StudyRun:
         self._progress = progress
         self._running: dict[int, FrozenTrial] = {}
         self._exhausted: set[int] = set()
-        self._seconds: list[float] = []
+        self._tried = sampler.tried()
+        self._seconds: list[float] = []  # ascending, so that their median is found fast
 
     def until_done(self, scorer: Scorer) -> list[SearchResult]:
         """Evaluate candidates until there are enough, or none is left.
@@ -111,8 +113,7 @@ class StudyRun:
 
     def _turns(self, tally: Tally, *, is_enough: bool) -> list[int]:
         """Return the budgets that may propose: all, but in the end only those that have no evaluation yet."""
-        covered = frozenset[int]().union(*(entry.budgets for entry in tally.done))
-        lacking = [budget for budget in range(len(self._budgets)) if budget not in covered]
+        lacking = [budget for budget in range(len(self._budgets)) if not tally.num_evaluated(budget)]
         for budget in lacking:
             num_failed = tally.num_failed(budget)
             if num_failed >= min(_PATIENCE, self._num_evaluations):
@@ -141,11 +142,11 @@ class StudyRun:
         if tally.left_over:
             trial = self._begin_again(tally.left_over[0])
         else:
-            tried = self._sampler.read(tally.trials)
-            widths = self._next_first(tally.trials) or self._proposed(tried, turns)
+            self._tried.read(tally.trials)
+            widths = self._next_first() or self._proposed(turns)
             if widths is None:
                 return
-            predicted = self._sampler.predict(tried, widths)
+            predicted = self._sampler.predict(self._tried, widths)
             trial = self._begin(widths, {} if predicted is None else {PREDICTED: predicted})
         self._score(trial, tally, scorer)
 
@@ -176,9 +177,8 @@ class StudyRun:
         found = (tally.doubtful(budget) for budget in range(len(self._budgets)))
         return next((entry.trial for entry in found if entry is not None), None)
 
-    def _next_first(self, trials: "list[FrozenTrial]") -> Widths | None:
-        params = [trial.params for trial in trials] if self._first else []
-        return next((widths for widths in self._first if dict(widths) not in params), None)
+    def _next_first(self) -> Widths | None:
+        return next((widths for widths in self._first if self._tried.first_trial(widths) is None), None)
 
     def _begin(self, widths: Widths, attributes: dict[str, Any]) -> "FrozenTrial":
         """Add a running trial, whole: one write, where suggesting each group would be one write a group."""
@@ -193,8 +193,7 @@ class StudyRun:
                 user_attrs={WORKER: worker_name(), _KEY: key, **attributes},
             )
         )
-        trials = reversed(self._study.get_trials(deepcopy=False))
-        return next(trial for trial in trials if trial.user_attrs.get(_KEY) == key)
+        return next(trial for trial in reversed(self._read_tried()) if trial.user_attrs.get(_KEY) == key)
 
     def _begin_again(self, left: "FrozenTrial") -> "FrozenTrial":
         """Begin a trial with the widths of one that was put back or queued by hand."""
@@ -203,29 +202,34 @@ class StudyRun:
         if left.state == TrialState.WAITING:
             # Perhaps queued in part: the sampler fills in the rest.
             number = self._study.ask(self._sampler.distributions).number
-            return next(trial for trial in self._study.get_trials(deepcopy=False) if trial.number == number)
+            return self._read_tried()[number]
         predicted = {name: value for name, value in left.user_attrs.items() if name == PREDICTED}
         return self._begin(self._reader.widths(left), {RETRY_OF: left.number, **predicted})
 
-    def _proposed(self, tried: "Tried", turns: list[int]) -> Widths | None:
+    def _read_tried(self) -> "list[FrozenTrial]":
+        """Return the trials as they are now, with note taken of what they try."""
+        trials = self._study.get_trials(deepcopy=False)
+        self._tried.read(trials)
+        return trials
+
+    def _proposed(self, turns: list[int]) -> Widths | None:
         from psenet.sampler import SpaceExhausted
 
-        for budget in self._in_turn(len(tried.settings)):
+        for budget in self._in_turn(self._tried.num_settings):
             if budget in turns:
                 try:
-                    return self._sampler.propose(tried, self._budgets[budget])
+                    return self._sampler.propose(self._tried, self._budgets[budget])
                 except SpaceExhausted:
                     self._exhausted.add(budget)
         return None
 
     def _is_taken(self, trial: "FrozenTrial") -> bool:
-        """Return whether an earlier trial has the same widths: of searches that propose the same, the first wins."""
-        trials = self._study.get_trials(deepcopy=False)
-        superseded = numbers_retried(trials)
-        params = trial.params
-        return any(
-            other.params == params for other in trials if other.number < trial.number and other.number not in superseded
-        )
+        """Return whether an earlier trial has the same widths: of searches that propose the same, the first wins.
+
+        The study was read after the trial was added, so all earlier ones are known.
+        """
+        first = self._tried.first_trial(self._reader.widths(trial))
+        return first is not None and first < trial.number
 
     def _finish(self, outcome: Outcome, scorer: Scorer) -> None:
         """Keep a score; put the candidate back if its worker died."""
@@ -243,7 +247,7 @@ class StudyRun:
             self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
         del self._running[outcome.key]
         if outcome.score is not None:
-            self._seconds.append(outcome.seconds)
+            insort(self._seconds, outcome.seconds)
             if self._progress is not None:
                 self._progress(self._told(outcome.key, scorer.num_workers))
 
@@ -256,13 +260,13 @@ class StudyRun:
             Trial(self._study, trial._trial_id).set_user_attr(name, value)
 
     def _told(self, number: int, num_workers: int) -> SearchProgress:
-        evaluated = self._reader.read().evaluated()
-        num_left = max(0, self._num_evaluations - len(evaluated))
+        tally = self._reader.read()
+        num_left = max(0, self._num_evaluations - len(tally.done))
         return SearchProgress(
-            num_done=len(evaluated),
+            num_done=len(tally.done),
             num_evaluations=self._num_evaluations,
             last=self._reader.evaluation(number),
-            best=best_of(evaluated),
+            best=None if tally.best is None else tally.best.evaluation,
             seconds_left=statistics.median(self._seconds) * num_left / max(1, num_workers),
         )
 

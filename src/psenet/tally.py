@@ -1,16 +1,18 @@
 """What a study holds inside some budgets: evaluations, failures, and the result for each budget."""
 
-import operator
-from collections.abc import Iterable
+from bisect import insort
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from psenet.budget import Limits, cost_of
 from psenet.found import Evaluation, SearchResult, best_of
+from psenet.growing import Growing
 from psenet.space import WidthSpace
-from psenet.storage import left_over, numbers_retried
+from psenet.storage import RETRY_OF, Changes, is_to_be_tried
 from psenet.widths import Widths
 
 if TYPE_CHECKING:
@@ -39,24 +41,76 @@ class Entry:
     evaluation: Evaluation | None
     """None if its score was not finite."""
 
+    @property
+    def order(self) -> tuple[datetime | None, int]:
+        """By the time of completion: with one worker that is the order of evaluation, retries included."""
+        return self.trial.datetime_complete, self.trial.number
 
-@dataclass(frozen=True)
+    @property
+    def score(self) -> float:
+        """The score; NaN if it was not finite."""
+        return np.nan if self.evaluation is None else self.evaluation.score
+
+    @property
+    def is_estimate(self) -> bool:
+        """Whether it was stopped early."""
+        return self.evaluation is not None and self.evaluation.is_estimate
+
+
 class Tally:
-    """A study as it is at one moment."""
+    """A study as it is at one moment: until its reader reads again.
 
-    trials: "list[FrozenTrial]"
-    """All of them, in any state and at any cost."""
-    left_over: "list[FrozenTrial]"
-    """Those to be tried, because they were put back or queued by hand; inside a budget as far as can be told."""
-    done: list[Entry]
-    """Those with a score, in the order of completion."""
-    failed: list[Entry]
-    """Those whose score was not finite."""
+    Whatever a search asks for after every candidate is kept up to date, not looked for: a study may be large.
 
-    def evaluated(self, budget: int | None = None) -> list[Evaluation]:
-        """Return the evaluations inside one budget, or inside any."""
-        entries = (entry for entry in self.done if budget is None or budget in entry.budgets)
+    Args:
+        num_budgets: How many budgets there are.
+    """
+
+    def __init__(self, num_budgets: int) -> None:
+        self.trials: list[FrozenTrial] = []
+        """All of them, in any state and at any cost."""
+        self.left_over: list[FrozenTrial] = []
+        """Those to be tried, because they were put back or queued by hand; inside a budget as far as can be told."""
+        self.done: list[Entry] = []
+        """Those with a score, in the order of completion."""
+        self.failed: list[Entry] = []
+        """Those whose score was not finite, in the order of their trials."""
+        self.best: Entry | None = None
+        """The highest score, estimates left out; the earliest of equals."""
+        self._inside = [_Inside() for _ in range(num_budgets)]
+        # Of those with a score, in the order in which they were read.
+        self._read: list[Entry] = []
+        self._costs: Growing | None = None
+        self._whole_scores = Growing(np.array(-np.inf))
+
+    def add(self, entry: Entry) -> None:
+        """Take one more trial in."""
+        for budget in entry.budgets:
+            self._inside[budget].add(entry)
+        if entry.evaluation is None:
+            insort(self.failed, entry, key=lambda other: other.trial.number)
+            return
+        insort(self.done, entry, key=lambda other: other.order)
+        if not entry.is_estimate:
+            self.best = _higher(self.best, entry)
+        self._read.append(entry)
+        if self._costs is None:
+            self._costs = Growing(np.zeros(len(entry.costs)))
+        self._costs.append(np.array(entry.costs))
+        self._whole_scores.append(-np.inf if entry.is_estimate else entry.score)
+
+    def evaluated(self, budget: int) -> list[Evaluation]:
+        """Return the evaluations inside one budget."""
+        entries = (entry for entry in self.done if budget in entry.budgets)
         return [entry.evaluation for entry in entries if entry.evaluation is not None]
+
+    def num_evaluated(self, budget: int) -> int:
+        """Return how many evaluations are inside a budget."""
+        return self._inside[budget].num_done
+
+    def num_failed(self, budget: int) -> int:
+        """Return how many candidates inside a budget had no finite score."""
+        return self._inside[budget].num_failed
 
     def rival(self, budgets: Iterable[int], *, least: int) -> Evaluation | None:
         """Return what a candidate inside these budgets must beat to be the best of one: the lowest of their best.
@@ -65,10 +119,10 @@ class Tally:
             budgets: Numbers of the budgets that the candidate keeps.
             least: A budget with fewer evaluations has no best yet that counts; then there is no rival.
         """
-        inside = [self.evaluated(budget) for budget in sorted(budgets)]
-        best = [best_of(evaluated) for evaluated in inside if len(evaluated) >= least]
-        known = [evaluation for evaluation in best if evaluation is not None]
-        return min(known, key=lambda evaluation: evaluation.score) if len(known) == len(inside) else None
+        inside = [self._inside[budget] for budget in sorted(budgets)]
+        best = [each.best for each in inside if each.num_done >= least]
+        known = [entry for entry in best if entry is not None]
+        return min(known, key=lambda entry: entry.score).evaluation if len(known) == len(inside) else None
 
     def rival_on_front(self, costs: tuple[float, ...], *, least: int) -> Evaluation | None:
         """Return what a candidate must beat to be on the Pareto front: the best of what costs no more.
@@ -77,32 +131,23 @@ class Tally:
             costs: The candidate's costs, as in `Entry`.
             least: If fewer evaluations cost no more, there is no rival.
         """
-        cheaper = [
-            entry.evaluation
-            for entry in self.done
-            if entry.evaluation is not None and all(map(operator.le, entry.costs, costs))
-        ]
-        return best_of(cheaper) if len(cheaper) >= least else None
+        if self._costs is None:
+            return None
+        cheaper_N = (self._costs.values <= np.array(costs)).all(axis=1)
+        scores_N = np.where(cheaper_N, self._whole_scores.values, -np.inf)
+        highest = scores_N.max()
+        if cheaper_N.sum() < least or highest == -np.inf:
+            return None
+        equals = [self._read[number] for number in np.flatnonzero(scores_N == highest)]
+        return min(equals, key=lambda entry: entry.order).evaluation
 
     def doubtful(self, budget: int) -> Entry | None:
         """Return the estimate inside a budget that is higher than its best score, if there is one; the highest.
 
         It was hopeless beside another one that this budget does not hold: made by a search of other budgets.
         """
-        best = best_of(self.evaluated(budget))
-        above = [
-            (evaluation.score, entry)
-            for entry in self.done
-            if (evaluation := entry.evaluation) is not None
-            and evaluation.is_estimate
-            and budget in entry.budgets
-            and (best is None or evaluation.score > best.score)
-        ]
-        return max(above, key=lambda pair: pair[0])[1] if above else None
-
-    def num_failed(self, budget: int) -> int:
-        """Return how many candidates inside a budget had no finite score."""
-        return sum(budget in entry.budgets for entry in self.failed)
+        best, estimate = self._inside[budget].best, self._inside[budget].highest_estimate
+        return estimate if estimate is not None and (best is None or estimate.score > best.score) else None
 
     def result(self, budget: int, *, exhausted: bool) -> SearchResult | None:
         """Return what was found inside a budget; None if nothing was."""
@@ -132,6 +177,33 @@ class Tally:
         return float(spearmanr(predicted, scores)[0])  # pyright: ignore[reportArgumentType, reportIndexIssue]
 
 
+class _Inside:
+    """What is inside one budget."""
+
+    def __init__(self) -> None:
+        self.num_done = self.num_failed = 0
+        self.best: Entry | None = None
+        self.highest_estimate: Entry | None = None
+
+    def add(self, entry: Entry) -> None:
+        """Take one more trial in."""
+        if entry.evaluation is None:
+            self.num_failed += 1
+            return
+        self.num_done += 1
+        if entry.is_estimate:
+            self.highest_estimate = _higher(self.highest_estimate, entry)
+        else:
+            self.best = _higher(self.best, entry)
+
+
+def _higher(one: Entry | None, other: Entry) -> Entry:
+    """Return the entry with the higher score, the earlier one of equals."""
+    if one is None or other.score > one.score:
+        return other
+    return other if other.score == one.score and other.order < one.order else one
+
+
 class StudyReader:
     """Reads a study again and again, working each trial out once.
 
@@ -146,24 +218,35 @@ class StudyReader:
         self._budgets = budgets
         self._study = study
         self._resources = {resource.name: resource for limits in budgets for resource, _ in limits.each()}
-        # By trial number, for trials that will not change; None for those that do not count.
-        self._entries: dict[int, Entry | None] = {}
+        self._changes = Changes()
+        # By trial number: those that count, and those put back or queued by hand.
+        self._entries: dict[int, Entry] = {}
+        self._to_be_tried: dict[int, FrozenTrial] = {}
+        self._superseded: set[int] = set()
+        self._tally = Tally(len(budgets))
 
     def read(self) -> Tally:
         """Return the study as it is now."""
         trials = self._study.get_trials(deepcopy=False)
-        for trial in trials:
-            if trial.number not in self._entries and trial.state.is_finished():
-                self._entries[trial.number] = self._entry(trial)
+        changed = self._changes.among(trials)
         # An estimate that was not good enough is an evaluation no more once its widths are scored again.
-        superseded = numbers_retried(trials)
-        counted = (trial.number for trial in trials if trial.number not in superseded)
-        entries = [entry for number in counted if (entry := self._entries.get(number)) is not None]
-        done = [entry for entry in entries if entry.evaluation is not None]
-        # By the time of completion: with one worker that is the order of evaluation, retries included.
-        done.sort(key=lambda entry: (entry.trial.datetime_complete, entry.trial.number))
-        failed = [entry for entry in entries if entry.evaluation is None]
-        return Tally(trials, [trial for trial in left_over(trials) if self._may_be_inside(trial)], done, failed)
+        retried = {trial.user_attrs[RETRY_OF] for trial in changed if RETRY_OF in trial.user_attrs}
+        self._superseded |= retried
+        if not retried.isdisjoint(self._entries):
+            self._entries = {number: entry for number, entry in self._entries.items() if number not in retried}
+            self._tally = Tally(len(self._budgets))
+            for entry in self._entries.values():
+                self._tally.add(entry)
+        counted = [trial for trial in changed if trial.number not in self._superseded]
+        for entry in self._entries_of([trial for trial in counted if trial.state.is_finished()]):
+            self._entries[entry.trial.number] = entry
+            self._tally.add(entry)
+        for number in (*retried, *(trial.number for trial in changed)):
+            self._to_be_tried.pop(number, None)
+        self._to_be_tried |= {trial.number: trial for trial in counted if is_to_be_tried(trial)}
+        self._tally.trials = trials
+        self._tally.left_over = [trial for _, trial in sorted(self._to_be_tried.items()) if self._may_be_inside(trial)]
+        return self._tally
 
     def evaluation(self, number: int) -> Evaluation | None:
         """Return the evaluation of a trial that was read, None if it has none inside the budgets."""
@@ -190,19 +273,29 @@ class StudyReader:
     def _may_be_inside(self, trial: "FrozenTrial") -> bool:
         return not self.has_widths(trial) or bool(self.budgets_of(self.widths(trial)))
 
-    def _entry(self, trial: "FrozenTrial") -> Entry | None:
+    def _entries_of(self, trials: "Sequence[FrozenTrial]") -> list[Entry]:
+        """Return those of finished trials that count."""
         from optuna.trial import TrialState
 
-        is_done = trial.state == TrialState.COMPLETE
-        if not is_done and BAD_SCORE not in trial.user_attrs:
-            return None
-        widths = self.widths(trial)
-        budgets = self.budgets_of(widths)
-        if not budgets:
-            return None
-        costs = self.costs_of(widths)
-        if not is_done:
-            return Entry(trial, budgets, costs, None)
-        share = float(trial.user_attrs.get(SHARE, 1.0))
-        evaluation = Evaluation(widths, trial.values[0], self._space.macs(widths), self._space.params(widths), share)
-        return Entry(trial, budgets, costs, evaluation)
+        ended = [trial for trial in trials if trial.state == TrialState.COMPLETE or BAD_SCORE in trial.user_attrs]
+        if not ended:
+            return []
+        widths = self._space.from_array(
+            np.array([[trial.params[group.name] for group in self._space.groups] for trial in ended])
+        )
+        widths_NG = self._space.to_array(widths)
+        inside_BN = [limits.accepts(self._space, widths_NG) for limits in self._budgets]
+        costs_RN = [cost_of(self._space, resource, widths_NG) for resource in self._resources.values()]
+        macs_N, params_N = self._space.macs(widths_NG), self._space.params(widths_NG)
+        entries = []
+        for number, (trial, setting) in enumerate(zip(ended, widths, strict=True)):
+            budgets = frozenset(budget for budget, inside_N in enumerate(inside_BN) if inside_N[number])
+            costs = tuple(float(costs_N[number]) for costs_N in costs_RN)
+            evaluation = None
+            if trial.state == TrialState.COMPLETE:
+                share = float(trial.user_attrs.get(SHARE, 1.0))
+                counts = int(macs_N[number]), int(params_N[number])
+                evaluation = Evaluation(setting, trial.values[0], *counts, share)
+            if budgets:
+                entries.append(Entry(trial, budgets, costs, evaluation))
+        return entries

@@ -6,8 +6,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.nn import functional as F
@@ -24,6 +26,7 @@ from toys import (
     train_quietly,
 )
 
+import psenet
 from psenet.errors import InputError
 from psenet.training import TrainConfig, TrainingDivergedError, train_model, train_supernet
 from psenet.training.checkpoint import load_checkpoint
@@ -259,6 +262,75 @@ def test_weights_that_only_the_last_step_breaks_do_not_become_the_checkpoint(tmp
     assert all(tensor.isfinite().all() for tensor in state["module"].values())
 
 
+def test_running_statistics_that_the_last_step_breaks_do_not_become_the_checkpoint(tmp_path: Path):
+    model, path = make_net(), tmp_path / "training.pt"
+
+    def break_statistics(gradient: torch.Tensor) -> None:  # comes when all other gradients are there
+        if int(model.get_buffer("1.num_batches_tracked")) == 6:
+            model.get_buffer("4.running_var").fill_(math.inf)
+
+    model.get_parameter("0.weight").register_hook(break_statistics)
+    with pytest.raises(
+        TrainingDivergedError, match=r"^1 running statistics are not finite after step 5, 4\.running_var first: lower"
+    ):
+        train_quietly(model, make_loader(NoisyImages(24)), TrainConfig(epochs=3), checkpoint=path)
+    assert load_checkpoint(path)["position"]["epoch"] == 1
+
+
+def test_masks_may_be_infinite():
+    model = make_net()
+    model.register_buffer("mask", torch.full((2,), -math.inf))
+    train_quietly(model, make_loader(NoisyImages(8)), TrainConfig(epochs=1))
+
+
+# Small batches --------------------------------------------------------------------------------------------------------
+
+
+def _pooled_norm() -> nn.Sequential:
+    """Return a net with a norm over one value a channel and sample."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1)),
+        *(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8, 4)),
+    )
+
+
+def _tiny_groups() -> nn.Sequential:
+    """Return a net with groups of 2 and 3 channels, and one channel that cannot vary."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((3, 1), (1, 2), (2, 3)):
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))
+
+
+def _train(model: nn.Sequential, strategy: str | None, num_images: int, batch_size: int) -> None:
+    loader, config = make_loader(NoisyImages(num_images), batch_size=batch_size), TrainConfig(epochs=2)
+    if strategy is None:
+        train_quietly(model, loader, config)
+        return
+    supernet = psenet.Supernet(model, psenet.trace(model, torch.randn(1, 3, 6, 6), divisor=1))
+    history = train_supernet(supernet, loader, num_subnets=4, strategy=strategy, config=config, show_progress=False)
+    assert np.isfinite(history.losses).all()
+
+
+_each_way = pytest.mark.parametrize("strategy", [None, "parallel", "sandwich", "bilateral", "single-path"])
+
+
+@_each_way
+@pytest.mark.parametrize(("num_images", "batch_size"), [(9, 8), (3, 8), (3, 1), (1, 1)])
+def test_batches_of_one_sample_and_fewer_samples_than_subnets_are_trained_on(
+    strategy: str | None, num_images: int, batch_size: int
+):
+    model = _tiny_groups()
+    _train(model, strategy, num_images, batch_size)
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+
+
+@_each_way
+def test_one_sample_with_one_value_a_channel_is_refused_and_it_is_said_how_to_leave_it_out(strategy: str | None):
+    with pytest.raises(InputError, match=r"which has no variance .* \(drop_last=True leaves out a short last one\)"):
+        _train(_pooled_norm(), strategy, 9, 8)
+
+
 # Mixed precision ------------------------------------------------------------------------------------------------------
 
 
@@ -291,6 +363,47 @@ def test_half_precision_leaves_a_plain_module_of_full_precision(kind: str, ends:
     ours, copied = module.eval()(*arguments), twin.eval()(*arguments)
     assert ours.dtype == torch.float32
     assert torch.equal(ours, copied)
+
+
+def _scaling(monkeypatch: pytest.MonkeyPatch, first_scale: float) -> torch.amp.GradScaler:
+    """Let trainings scale their gradients, as in fp16 on a GPU."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=first_scale)
+
+    def make_accelerator(_: str) -> Accelerator:
+        accelerator = Accelerator(step_scheduler_with_optimizer=False)
+        accelerator.scaler = scaler
+        return accelerator
+
+    monkeypatch.setattr("psenet.training.loop.make_accelerator", make_accelerator)
+    return scaler
+
+
+def test_gradients_that_overflow_leave_a_step_out_and_are_no_divergence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    scaler = _scaling(monkeypatch, 2.0**127)
+    model, loss_fn = make_net(), CountingLoss(dict.fromkeys(range(3), _scaled(1000)))
+    before = copy_of(model.state_dict())
+    train_quietly(
+        model, make_loader(NoisyImages(160)), TrainConfig(epochs=1), loss_fn=loss_fn, checkpoint=tmp_path / "c.pt"
+    )
+    assert loss_fn.num_calls == 20
+    assert scaler.get_scale() == 2.0**124
+    assert not torch.equal(model.state_dict()["0.weight"], before["0.weight"])
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+
+
+def test_gradients_that_are_never_finite_stop_a_training_that_scales_them(monkeypatch: pytest.MonkeyPatch):
+    _scaling(monkeypatch, 2.0**16)
+    model = make_net()
+    before = copy_of(model.state_dict())
+    changes = dict.fromkeys(range(10, 1000), _with_broken_gradient)
+    with pytest.raises(
+        TrainingDivergedError, match=r"^the gradients of the last 40 steps, up to step 49, are not finite: .*take bf16"
+    ):
+        train_quietly(model, make_loader(NoisyImages(8 * 60)), TrainConfig(epochs=2), loss_fn=CountingLoss(changes))
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+    assert not torch.equal(model.state_dict()["0.weight"], before["0.weight"])
 
 
 def test_the_precision_asked_for_is_the_one_computed_in_whatever_came_before():

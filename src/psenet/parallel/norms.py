@@ -50,7 +50,8 @@ def batch_norm(
     if min(blocks.sizes) * math.prod(x.shape[2:]) == 1:
         raise InputError(
             f"a batch of {blocks.batch_size} samples gives some of {blocks.num_subnets} subnets one value per channel, "
-            f"which has no variance (features of shape {tuple(x.shape)}): take fewer subnets or larger batches"
+            f"which has no variance (features of shape {tuple(x.shape)}): take fewer subnets or larger batches "
+            "(drop_last=True leaves out a short last one)"
         )
     x = _dense(x)
     if torch.compiler.is_compiling():

@@ -9,11 +9,15 @@ from torch import nn
 
 from psenet import ranks
 
+_MOST_SKIPPED = 40
+"""Steps left out in a row, each of which halves the factor by which gradients of half precision are scaled."""
+_STATISTICS = ("running_mean", "running_var")
+"""Buffers that a step changes. Others may be infinite on purpose, as masks are."""
 _IN_THE_LOSS = "weights, images and the outputs of all layers are finite, the loss of them is not"
 
 
 class TrainingDivergedError(RuntimeError):
-    """The loss or the weights became NaN or infinite."""
+    """The loss, the gradients or the weights became NaN or infinite."""
 
 
 class Guard:
@@ -24,6 +28,7 @@ class Guard:
         run_again: Runs the forward pass of a step on a batch once more.
         checkpoint: Where the last good state is, to say so.
         explain: Says more about a loss that is not finite, such as which subnet had it first; or nothing.
+        is_scaled: Whether gradients are scaled, as in fp16.
     """
 
     def __init__(
@@ -33,11 +38,14 @@ class Guard:
         *,
         checkpoint: Path | None,
         explain: Callable[[], str] | None = None,
+        is_scaled: bool = False,
     ) -> None:
         self._module = module
+        self._is_scaled = is_scaled
         self._run_again = run_again
         self._checkpoint = checkpoint
         self._explain = explain
+        self._num_skipped = 0
 
     def check_loss(self, loss: torch.Tensor, batch: Any, number: int) -> None:
         """Stop if the loss of a step is not finite.
@@ -54,7 +62,7 @@ class Guard:
         self._stop(f"the loss is {float(loss)} at step {number}{first} ({where})")
 
     def check_weights(self, number: int) -> None:
-        """Stop if weights are not finite: a last update can break them after a finite loss.
+        """Stop if weights or running statistics are not finite: a last step can break them after a finite loss.
 
         Raises:
             TrainingDivergedError: They are not; such a state must not become the checkpoint.
@@ -62,6 +70,22 @@ class Guard:
         broken = _broken_weights(self._module)
         if broken:
             self._stop(f"{len(broken)} weights are not finite after step {number}, {broken[0]} first")
+        # Every rank has statistics of its own, and all must stop together.
+        broken = next(filter(None, ranks.gather(_broken_statistics(self._module))), [])
+        if broken:
+            self._stop(f"{len(broken)} running statistics are not finite after step {number}, {broken[0]} first")
+
+    def check_skipped(self, number: int, *, is_skipped: bool) -> None:
+        """Stop if gradients are never finite, so that step after step is left out and nothing is learned.
+
+        In fp16 a step whose gradients overflow is left out and the next one is scaled down: that is no divergence.
+
+        Raises:
+            TrainingDivergedError: So many steps in a row were left out that it is not the scale.
+        """
+        self._num_skipped = self._num_skipped + 1 if is_skipped else 0
+        if self._num_skipped >= _MOST_SKIPPED:
+            self._stop(f"the gradients of the last {_MOST_SKIPPED} steps, up to step {number}, are not finite")
 
     def _where(self, batch: Any, number: int) -> str:
         """Return where the numbers of a batch stop being finite."""
@@ -81,11 +105,19 @@ class Guard:
             if self._checkpoint is not None and self._checkpoint.exists()
             else "there is no checkpoint yet"
         )
-        raise TrainingDivergedError(f"{what}: lower the learning rate or check the data; {kept}")
+        advice = "lower the learning rate or check the data"
+        if self._is_scaled:
+            advice += ", or take bf16, as fp16 ends at 65504"
+        raise TrainingDivergedError(f"{what}: {advice}; {kept}")
 
 
 def _broken_weights(module: nn.Module) -> list[str]:
     return [name for name, parameter in module.named_parameters() if not bool(parameter.isfinite().all())]
+
+
+def _broken_statistics(module: nn.Module) -> list[str]:
+    buffers = ((name, buffer) for name, buffer in module.named_buffers() if name.rpartition(".")[2] in _STATISTICS)
+    return [name for name, buffer in buffers if not bool(buffer.isfinite().all())]
 
 
 def _layers_not_finite(module: nn.Module, run: Callable[[], object]) -> list[str]:

@@ -94,6 +94,7 @@ def fit(
             lambda batch, number: step(prepared, batch, number, lambda loss: None, lambda losses: losses),
             checkpoint=checkpoint,
             explain=explain,
+            is_scaled=accelerator.scaler is not None,
         )
         keep = Checkpoint(checkpoint, accelerator, module, optimizer, feed, dict(extras or {}), config, num_steps)
         begin = keep.load()
@@ -116,6 +117,7 @@ def fit(
                         guard.check_loss(loss, batch, number)
                     ranks.average_gradients(module)
                     optimizer.step()
+                    guard.check_skipped(number, is_skipped=optimizer.step_was_skipped)
                     total = total + loss.detach()
                     is_kept = (number + 1) % config.checkpoint_steps == 0 and in_epoch < len(loader)
                     if number % _SHOW_EVERY == 0 or is_kept:

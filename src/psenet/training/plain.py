@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
 from psenet.errors import InputError
-from psenet.inputs import as_arguments, num_samples
+from psenet.inputs import Inputs, as_arguments, num_samples
 from psenet.memory_format import ImageLayout, guarded_convolutions
 from psenet.training.config import TrainConfig
 from psenet.training.curves import Recorder
@@ -46,7 +47,8 @@ def train_model(
         max_steps: Stop after this many steps, for time estimates.
 
     Raises:
-        InputError: A loss that is not per sample, distillation without a teacher.
+        InputError: A loss that is not per sample, distillation without a teacher, a batch of a single sample where a
+            norm has one value per channel.
         TrainingDivergedError: The loss is not finite.
     """
     config = config or TrainConfig()
@@ -63,7 +65,7 @@ def train_model(
     ) -> torch.Tensor:
         x, labels = batch
         x = layout(x)
-        outputs, taught = module(*as_arguments(x)), teach(teacher, x)
+        outputs, taught = _forward(module, x, number), teach(teacher, x)
         loss = mixed_loss(loss_fn, config, outputs, labels, taught, num_samples=num_samples(x)).mean()
         backward(loss)
         return mean(loss.detach())
@@ -80,3 +82,15 @@ def train_model(
             show_progress=show_progress,
             max_steps=max_steps,
         )
+
+
+def _forward(module: nn.Module, x: Inputs, number: int) -> Any:
+    try:
+        return module(*as_arguments(x))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise InputError(
+            f"the batch of step {number} has a single sample, which has no variance where a norm has one value per "
+            "channel: give batches of two samples or more (drop_last=True leaves out a short last one)"
+        ) from error
