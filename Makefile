@@ -21,8 +21,9 @@ QUICKSTART_ARGS := --data digits --model psenet.models:digits_resnet --macs 50%
 quickstart: $(VENV)/.ready
 	$(VENV)/bin/psenet prune $(QUICKSTART_ARGS) --out $(RUN) --resume
 
+# Tests of one file share what they prepare, so that they stay in one process.
 test: $(VENV)/.ready
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 check: $(VENV)/.ready docs
 	$(VENV)/bin/ruff check $(SOURCES)
@@ -41,6 +42,7 @@ audit: $(VENV)/.ready
 soak: $(VENV)/.ready
 	$(VENV)/bin/python benchmarks/soak_runs.py
 	$(VENV)/bin/python benchmarks/soak_fuzz.py
+	$(VENV)/bin/python benchmarks/soak_numerics.py
 
 # The oldest torch warns of itself, so that warnings are no errors there; the newest is what pip finds.
 matrix:
