@@ -41,7 +41,7 @@ audit: $(VENV)/.ready
 
 soak: $(VENV)/.ready
 	$(VENV)/bin/python benchmarks/soak_runs.py
-	$(VENV)/bin/python benchmarks/soak_fuzz.py
+	$(VENV)/bin/python benchmarks/soak_fuzz.py --nets 1015
 	$(VENV)/bin/python benchmarks/soak_numerics.py
 
 # The oldest torch warns of itself, so that warnings are no errors there; the newest is what pip finds.
