@@ -53,9 +53,9 @@ def _refused(ended: Ended, *words: str) -> None:
 def test_an_image_size_that_the_model_refuses_is_named(user_folder: Path, image_tree: Any, tmp_path: Path):
     data = image_tree({"cat": 12, "dog": 12})
     ended = _prune(tmp_path / "run", model="nets_of_mine:for_16_pixels", data=data, image_size="12")
-    _refused(ended, "the model refuses images of shape (3, 12, 12): RuntimeError: mat1 and mat2 shapes")
+    _refused(ended, "the model refuses images of shape (3, 12, 12): RuntimeError: ", "mat1 and mat2 shapes")
     inspected = psenet("inspect", "nets_of_mine:for_16_pixels", "--image-size", "12")
-    _refused(inspected, "the model refuses an input of shape (1, 3, 12, 12): RuntimeError: mat1 and mat2 shapes")
+    _refused(inspected, "the model refuses an input of shape (1, 3, 12, 12): RuntimeError: ", "mat1 and mat2 shapes")
 
 
 def test_a_missing_tensorboard_is_named_before_data_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
