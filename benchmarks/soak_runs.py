@@ -28,7 +28,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 
 from evidence import write_result
 from psenet.training.checkpoint import load_checkpoint
@@ -87,7 +86,9 @@ def soak(folder: Path, num_kills: int, num_disks: int, rng: np.random.Generator)
         for _ in range(1 + len(found) % 2):
             moment = float(rng.uniform(first_second, whole_seconds))
             if kills.total() < num_kills and run(ours, kill_after=moment) is None:
-                kills.update(stage for stage in [stage_of(ours)] if stage != FINISHED)  # that loses nothing
+                stage = stage_of(ours)
+                if stage != FINISHED:  # there is nothing to lose
+                    kills[stage] += 1
         found[ours.name] = _compared(ours, undisturbed, ours.name)
     size = sum(file.stat().st_size for file in undisturbed.rglob("*") if file.is_file())
     for number in range(num_disks):
@@ -185,11 +186,8 @@ def _content(path: Path) -> Any:
             return {name: arrays[name].tobytes() for name in arrays.files}
     if path.suffix == ".pt":
         return _plain(_lasting(load_checkpoint(path)))
-    if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as file:  # its bytes have the metadata in any order
-            return file.metadata(), {name: _plain(file.get_tensor(name)) for name in file.keys()}
     # The study's journal holds times and identifiers; evaluated.json has its content. Reports and programs hold times.
-    return path.read_bytes() if path.suffix == ".yaml" else None
+    return path.read_bytes() if path.suffix in (".safetensors", ".yaml") else None
 
 
 def _lasting(value: Any) -> Any:

@@ -161,8 +161,6 @@ def check_files(recipe: "Recipe") -> None:
     Raises:
         InputError: Some are not; all are named.
     """
-    import os
-
     from psenet.errors import InputError
 
     problems = []

@@ -14,7 +14,7 @@ def train(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Any value of a new run's recipe: data.source=photos; repeatable.")
     ] = None,
-    factory: Annotated[str | None, typer.Option(help="Of a model from a factory of yours: its name.")] = None,
+    factory: Annotated[str | None, typer.Option(help="Of a run of a factory of yours: its name, to import it.")] = None,
     data_workers: Annotated[int, typer.Option(min=0, help="Processes that load data.")] = 0,
 ) -> None:
     """Train the baseline and the supernet of a run, or go on with that.

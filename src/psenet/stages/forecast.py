@@ -47,14 +47,15 @@ def estimate(run: Run) -> dict[str, float]:
 
         batch = slice_tensors(batch, slice(0, num_samples(batch[0]) // run.num_ranks))
     supernet, full = Supernet(run.model, run.space), run.space.macs(run.space.full())
+    has_baseline = config.trained or run.folder.has("stages/baseline.safetensors")
     return estimate_seconds(
         run.model,
         supernet,
         (batch[0], batch[1]),
         loss_fn=run.task.loss(config.supernet),
         steps={
-            "baseline": 0 if config.trained or _is_there(run, "baseline") else config.baseline.epochs * epoch,
-            "supernet": 0 if _is_there(run, "supernet") else config.supernet.epochs * epoch,
+            "baseline": 0 if has_baseline else config.baseline.epochs * epoch,
+            "supernet": 0 if run.folder.has("stages/supernet.safetensors") else config.supernet.epochs * epoch,
             "finetune": 2 * config.finetune.epochs * epoch,
         },
         num_subnets=config.num_subnets,
@@ -66,10 +67,6 @@ def estimate(run: Run) -> dict[str, float]:
         keep_ratio=(run.limits.macs or full) / full,
         device=run.device,
     )
-
-
-def _is_there(run: Run, training: str) -> bool:
-    return (run.folder.path / f"stages/{training}.safetensors").exists()
 
 
 def _num_images(batches: Sequence[Any]) -> int:

@@ -78,10 +78,7 @@ class Feed:
 
 def generators_of(loader: DataLoader) -> list[torch.Generator]:
     """Return the random generators that decide a loader's order, each once."""
-    holders: Iterable[Any] = (
-        *(loader, loader.sampler, loader.batch_sampler),
-        getattr(loader.batch_sampler, "sampler", None),
-    )
+    holders = (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
     found = [getattr(holder, "generator", None) for holder in holders]
     return list(dict.fromkeys(generator for generator in found if isinstance(generator, torch.Generator)))
 
