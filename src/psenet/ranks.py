@@ -7,8 +7,10 @@ between the processes over one on the CPU, where a rank may wait as long as a se
 Legend: R ranks.
 """
 
+import atexit
 import functools
 import random
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -32,6 +34,8 @@ _BUCKET_ELEMENTS = 2**24
 """Gradients averaged at once: 64 MiB in float32."""
 
 
+_words_reference: "weakref.ref[dist.ProcessGroup] | None" = None
+"""To the connection for words. Only torch holds it, so that it ends where torch gives it up: see `leave`."""
 _is_alone: ContextVar[bool] = ContextVar("psenet_is_alone", default=False)
 """Whether rank 0 is at something that the others wait for."""
 
@@ -52,9 +56,25 @@ def is_main() -> bool:
 
 
 def leave() -> None:
-    """Part from the other ranks at the end of a program."""
+    """Part from the other ranks at the end of a program, if there are any.
+
+    Ends the threads of gloo, too. One that is left when Python goes down and still holds a tensor aborts the process,
+    after all its work is done.
+    """
     if _are_joined():
         dist.destroy_process_group()
+
+
+def _leave_gloo() -> None:
+    """Do that for a program that has not.
+
+    A connection over NCCL stays: to close it may mean to wait for other ranks.
+    """
+    if _are_joined():
+        if dist.get_backend() == dist.Backend.GLOO:
+            leave()
+        elif (group := _known_words()) is not None:
+            dist.destroy_process_group(group)
 
 
 # Words ----------------------------------------------------------------------------------------------------------------
@@ -229,13 +249,15 @@ def _are_joined() -> bool:
 
 def _words() -> dist.ProcessGroup:
     """Return the connection for words between all ranks; all make it at their first one."""
-    world = dist.group.WORLD
-    assert world is not None
-    return _words_of(world)
-
-
-@functools.lru_cache(maxsize=1)
-def _words_of(world: dist.ProcessGroup) -> dist.ProcessGroup:
-    group = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
-    assert isinstance(group, dist.ProcessGroup)
+    global _words_reference
+    group = _known_words()
+    if group is None:
+        group = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
+        assert isinstance(group, dist.ProcessGroup)
+        _words_reference = weakref.ref(group)
+        atexit.register(_leave_gloo)
     return group
+
+
+def _known_words() -> dist.ProcessGroup | None:
+    return _words_reference() if _words_reference is not None else None

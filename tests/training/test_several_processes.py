@@ -3,6 +3,8 @@
 What equals what: see `docs/howto/multi_gpu.md`.
 """
 
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +24,7 @@ from psenet.errors import InputError
 from psenet.training.checkpoint import load_checkpoint
 
 SCRIPT = Path(__file__).parent / "shared_steps.py"
+ENDINGS = SCRIPT.with_name("endings.py")
 CLOSE = 1e-5
 
 pytestmark = [pytest.mark.slow, needs_gloo]
@@ -237,6 +240,18 @@ def test_another_number_of_processes_is_refused(resumed: Path):
     ):
         kept_training(resumed / "killed.pt")
     assert (resumed / "killed.pt").read_bytes() == before
+
+
+# Ending ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="Linux tells the names of threads")
+@pytest.mark.parametrize("how", ["leave", "destroy", "nothing"])
+def test_no_thread_of_gloo_outlives_the_program(how: str, tmp_path: Path):
+    ended = subprocess.run(
+        [sys.executable, ENDINGS, how, tmp_path], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
 # One process ----------------------------------------------------------------------------------------------------------
