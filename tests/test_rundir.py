@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -152,6 +154,28 @@ def test_seconds_add_up_over_stages_and_attempts(tmp_path: Path, clock: list[flo
     with again.stage("supernet"):
         clock.append(7.25)
     assert again.seconds() == {"baseline": 3.5, "supernet": 8.75}
+
+
+def test_of_an_attempt_that_was_killed_the_time_until_its_last_file_counts(tmp_path: Path):
+    script = f"""
+import os, signal
+from pathlib import Path
+from psenet.rundir import RunDirectory, write_json
+run = RunDirectory(Path({str(tmp_path / "run")!r}), {{}})
+with run.at_work(), run.stage("supernet"):
+    write_json(run.file("stages/history.json"), [])
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    run_script = subprocess.run([sys.executable, "-c", script], check=False, timeout=60)
+    assert run_script.returncode == -signal.SIGKILL
+    begun = read_json(tmp_path / "run" / "stages.json")["supernet"]["since"]
+    os.utime(tmp_path / "run" / "stages" / "history.json", (begun + 40, begun + 40))
+    os.utime(tmp_path / "run" / "recipe.json", (begun + 900, begun + 900))  # the next attempt comes much later
+
+    again = RunDirectory(tmp_path / "run", {}, resume=True)
+    for _ in range(2):
+        with again.at_work():
+            assert again.seconds() == {"supernet": 40.0}
 
 
 def test_the_time_between_the_stages_belongs_to_none(tmp_path: Path, clock: list[float]):

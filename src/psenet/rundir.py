@@ -2,7 +2,7 @@
 
 RUN/recipe.yaml          what the command line was asked to do; `psenet prune --recipe` repeats it
 RUN/recipe.json          the settings the run was started with, which going on must not change
-RUN/stages.json          seconds spent in each stage, and which are finished
+RUN/stages.json          seconds spent in each stage; of one at work also since when (Unix time)
 RUN/checkpoints/*.pt     the state of each training and, as *.previous.pt, the state before
 RUN/stages/*             weights, history and study of the finished stages; for the report also curves.json (every epoch
                          of the trainings), evaluated.json (every scored candidate) and prior.json (what it learned)
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 STAGES = ("baseline", "supernet", "search", "finetune")
+_WORK = ("checkpoints", "stages", "logs")
+"""Folders that only stages write to."""
 
 
 class RunDirectory:
@@ -72,6 +74,7 @@ class RunDirectory:
         with ExitStack() as stack:
             ranks.in_main(lambda: stack.enter_context(alone_in(self.path)))
             ranks.in_main(lambda: remove_unfinished(self.path))
+            ranks.in_main(self._count_killed)
             yield
 
     def file(self, name: str) -> Path:
@@ -86,13 +89,13 @@ class RunDirectory:
         return self.file(f"checkpoints/{training}.pt")
 
     def seconds(self) -> dict[str, float]:
-        """Return the seconds spent in each stage so far, over all attempts."""
+        """Return the seconds spent in each stage so far, over all attempts; of one that was killed until its last file."""
         return {stage: record["seconds"] for stage, record in self._stages().items()}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Add the time spent inside to a stage, also when it is interrupted."""
-        self._stages()  # what is damaged is said before the work
+        ranks.in_main(lambda: self._add_seconds(name, 0.0, since=time.time()))  # what is damaged is said before the work
         start = time.perf_counter()
         try:
             yield
@@ -100,11 +103,19 @@ class RunDirectory:
             if ranks.is_main():
                 self._add_seconds(name, time.perf_counter() - start)
 
-    def _add_seconds(self, name: str, seconds: float) -> None:
+    def _add_seconds(self, name: str, seconds: float, **at_work: float) -> None:
         stages = self._stages()
         before = stages.get(name, {"seconds": 0.0})
-        stages[name] = {"seconds": round(before["seconds"] + seconds, 2)}
+        stages[name] = {"seconds": round(before["seconds"] + seconds, 2), **at_work}
         write_json(self.file("stages.json"), stages)
+
+    def _count_killed(self) -> None:
+        """Add what attempts that were killed have spent."""
+        for name, record in self._stages().items():
+            if "since" in record:
+                files = (path for folder in _WORK for path in (self.path / folder).rglob("*"))
+                last = max((path.stat().st_mtime for path in files), default=0.0)
+                self._add_seconds(name, max(0.0, last - record["since"]))
 
     def take_seconds(self, source: Path, names: Sequence[str]) -> None:
         """Take over what another run has spent in some stages, where this one has spent nothing."""
@@ -149,7 +160,9 @@ def _read_stages(path: Path) -> dict[str, dict[str, float]]:
 
 
 def _is_time(record: object) -> bool:
-    return isinstance(record, dict) and isinstance(record.get("seconds"), int | float)
+    return isinstance(record, dict) and all(
+        isinstance(seconds, int | float) for seconds in (record.get("seconds"), record.get("since", 0.0))
+    )
 
 
 def check_folder(path: Path, recipe: Mapping[str, Any], *, resume: bool) -> None:

@@ -18,8 +18,8 @@ class Ended:
     err: str
 
 
-def psenet(*arguments: str | Path) -> Ended:
-    """Run the command line on a wide terminal and, as its nets here are small, on one thread."""
+def psenet(*arguments: str | Path, columns: int = 160) -> Ended:
+    """Run the command line on a terminal, a wide one, and, as its nets here are small, on one thread."""
     out, err, threads = io.StringIO(), io.StringIO(), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -29,7 +29,7 @@ def psenet(*arguments: str | Path) -> Ended:
             contextlib.redirect_stderr(err),
             pytest.raises(SystemExit) as ended,
         ):
-            patch.setenv("COLUMNS", "160")
+            patch.setenv("COLUMNS", str(columns))
             main([str(argument) for argument in arguments])
     finally:
         torch.set_num_threads(threads)

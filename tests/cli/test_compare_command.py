@@ -25,10 +25,16 @@ def _labels(source: str = "digits", split: str = "validation", seed: int = 0) ->
 
 
 def _tables(printed: str) -> dict[tuple[str, ...], list[str]]:
-    """Return all rows of all tables, by their first cells: a net's by its name, a pair's by both."""
-    lines = [line.strip("│┃") for line in printed.splitlines() if line.startswith(("│", "┃"))]
-    rows = [[cell.strip() for cell in line.replace("┃", "│").split("│")] for line in lines]
-    return {(cells[0], cells[1]) if len(cells) == 7 else (cells[0],): cells for cells in rows}
+    """Return all rows of all tables: a net's by its name, a pair's, whose first cell holds two names, by both."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for line in printed.splitlines():
+        if line.startswith(("│", "┃")):
+            cells = [cell.strip() for cell in line.replace("┃", "│").strip("│").split("│")]
+            found[cells[0],] = cells
+        elif len(cells := re.split(r" {2,}", line.strip())) == 6 and "±" in line:
+            first, second = cells[0].split(" - ")
+            found[first, second] = [first, second, *cells[1:]]
+    return found
 
 
 def _refused(ended: Ended, *words: str) -> None:
@@ -69,6 +75,17 @@ def test_the_nets_of_one_run_are_compared_by_their_answers(tmp_path: Path):
     assert "these validation images chose among the nets of each run" in ended.out
 
 
+def test_the_figures_of_a_pair_stand_in_one_line_of_80_columns(tmp_path: Path):
+    run = make_run(tmp_path / "run", rival=2, kept="uniform")
+    ended = psenet("compare", run, "--data", "digits", columns=80)
+    assert {key for key in _tables(ended.out) if len(key) == 2} == {
+        ("pruned", "baseline"),
+        ("pruned", "searched"),
+        ("searched", "baseline"),
+    }
+    assert max(map(len, ended.out.splitlines())) <= 80
+
+
 def test_a_searched_net_that_was_not_kept_is_compared_under_its_name(tmp_path: Path):
     run = make_run(tmp_path / "run", rival=2, kept="uniform")
     ended = psenet("compare", run, "--data", "digits")
@@ -78,7 +95,7 @@ def test_a_searched_net_that_was_not_kept_is_compared_under_its_name(tmp_path: P
 def test_a_run_that_found_the_uniform_widths_has_two_nets(tmp_path: Path):
     ended = psenet("compare", make_run(tmp_path / "run"), "--data", "digits")
     assert (ended.code, ended.err) == (0, "")
-    assert "95 % interval" in ended.out and "Bonferroni" not in ended.out
+    assert "95 %" in ended.out and "Bonferroni" not in ended.out
     assert ("uniform",) not in _tables(ended.out) and ("pruned", "baseline") in _tables(ended.out)
 
 
@@ -144,7 +161,7 @@ def test_the_pruned_nets_of_several_runs_are_compared_and_share_a_baseline(tmp_p
         cells = shown[f"pruned of {first}", f"pruned of {second}"]
         assert cells[4] == f"{(labels == one).sum()} : {(labels == other).sum()}"
     assert all((f"pruned of {name}", "baseline") in shown for name in "abc")
-    assert len([key for key in shown if len(key) == 2 and key[0] != "net"]) == 6
+    assert len([key for key in shown if len(key) == 2]) == 6
     assert "6 pairs: each interval is one of 99.17 %" in ended.out
 
 

@@ -109,22 +109,22 @@ def nets_table(nets: "Sequence[Net]", right: "dict[str, np.ndarray]", samples: "
 
 def pairs_table(pairs: "Sequence[Pair]", sample_size: int) -> "Table":
     """Return the differences of the pairs, in points."""
+    from rich import box
     from rich.table import Table
 
     from psenet.comparison import shown
 
     level = f"{100 * pairs[0].comparison.confidence:.4g} %"
-    table = Table(title="differences on the same images, in points of accuracy")
-    table.add_column("net")
-    table.add_column("minus")
-    interval, spread = f"{level} interval", f"samples of {sample_size}"
-    for column in ("all images", interval, "only one right", spread, "leads, ties, trails"):
-        table.add_column(column, justify="right")
+    title = "differences on the same images, in points of accuracy"
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("net - other net")
+    interval, spread = f"{level}\ninterval", f"samples\nof {sample_size}"
+    for column in ("all\nimages", interval, "only one\nright", spread, "leads,\nties,\ntrails"):
+        table.add_column(column, justify="right", no_wrap=True)
     for pair in pairs:
         found, sampled = pair.comparison, pair.sampled
         table.add_row(
-            pair.first,
-            pair.second,
+            f"{pair.first} - {pair.second}",
             f"{found.difference:+.2f}",
             f"{shown(found.low)} to {shown(found.high)}",
             f"{found.num_only_first} : {found.num_only_second}",
