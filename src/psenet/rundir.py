@@ -89,13 +89,13 @@ class RunDirectory:
         return self.file(f"checkpoints/{training}.pt")
 
     def seconds(self) -> dict[str, float]:
-        """Return the seconds spent in each stage so far, over all attempts; of one that was killed until its last file."""
+        """Return the seconds spent in each stage so far, over all attempts; of killed ones until their last file."""
         return {stage: record["seconds"] for stage, record in self._stages().items()}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Add the time spent inside to a stage, also when it is interrupted."""
-        ranks.in_main(lambda: self._add_seconds(name, 0.0, since=time.time()))  # what is damaged is said before the work
+        ranks.in_main(lambda: self._add_seconds(name, 0.0, since=time.time()))
         start = time.perf_counter()
         try:
             yield
