@@ -27,6 +27,10 @@ _TRIES = 16
 _BROOD = 8
 """Children of which the predictor chooses one. Of many more it would choose what it thinks best again and again, and
 the search would end where the predictor is wrong."""
+_BOLDNESS = 0.5
+"""Share of a prediction's uncertainty that a draw of it has. With all of it, searches of 100 candidates on the supernets
+of `benchmarks/search_supernet.py` ended 0.023 points lower on digits (60 pairs of searches, standard error 0.006) and 0.14
+points lower on CIFAR-10 (36 pairs, 0.06)."""
 _TRAINING_COUNTS = 30
 """What training thought of widths counts as much as so many scores."""
 _LEARNED = 4096
@@ -184,8 +188,9 @@ class PriorEvolutionSampler(BaseSampler):
         children_KG = proposal.repair(children_KG, rng)
         if predictor is not None:
             mean_K, std_K = predictor.predict(proposal.levels.widths(children_KG))
-            # One draw of each child's score (Thompson 1933): what is uncertain gets its chance.
-            children_KG = children_KG[[int((mean_K + std_K * rng.normal(size=len(mean_K))).argmax())]]
+            # One draw of each child's score (after Thompson 1933): what is uncertain gets its chance.
+            drawn_K = mean_K + _BOLDNESS * std_K * rng.normal(size=len(mean_K))
+            children_KG = children_KG[[int(drawn_K.argmax())]]
         return proposal.grow(children_KG[0], rng)
 
     def _bred(
