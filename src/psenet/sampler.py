@@ -28,9 +28,9 @@ _BROOD = 8
 """Children of which the predictor chooses one. Of many more it would choose what it thinks best again and again, and
 the search would end where the predictor is wrong."""
 _BOLDNESS = 0.5
-"""Share of a prediction's uncertainty that a draw of it has. With all of it, searches of 100 candidates on the supernets
-of `benchmarks/search_supernet.py` ended 0.023 points lower on digits (60 pairs of searches, standard error 0.006) and
-0.14 points lower on CIFAR-10 (36 pairs, 0.06)."""
+"""Share of a prediction's uncertainty that a draw of it has. With all of it, searches of 100 candidates on the
+supernets of `benchmarks/search_supernet.py` ended 0.023 points lower on digits (60 pairs of searches, standard error
+0.006) and 0.14 points lower on CIFAR-10 (36 pairs, 0.06)."""
 _TRAINING_COUNTS = 30
 """What training thought of widths counts as much as so many scores."""
 _LEARNED = 4096
