@@ -178,6 +178,21 @@ with run.at_work(), run.stage("supernet"):
             assert again.seconds() == {"supernet": 40.0}
 
 
+def test_another_run_s_seconds_are_taken_over_but_not_that_it_is_at_work(tmp_path: Path, clock: list[float]):
+    source, run = RunDirectory(tmp_path / "source", _RECIPE), RunDirectory(tmp_path / "run", _RECIPE)
+    with source.stage("baseline"):
+        clock.append(clock[-1] + 3)
+    with run.stage("search"):
+        clock.append(clock[-1] + 1)
+    with source.stage("search"), source.stage("supernet"):
+        run.take_seconds(source.path, ("baseline", "supernet", "search"))
+    assert read_json(run.path / "stages.json") == {
+        "search": {"seconds": 1.0},
+        "baseline": {"seconds": 3.0},
+        "supernet": {"seconds": 0.0},
+    }
+
+
 def test_the_time_between_the_stages_belongs_to_none(tmp_path: Path, clock: list[float]):
     run = RunDirectory(tmp_path / "run", _RECIPE)
     for start in (200.0, 300.0):

@@ -120,7 +120,8 @@ class RunDirectory:
     def take_seconds(self, source: Path, names: Sequence[str]) -> None:
         """Take over what another run has spent in some stages, where this one has spent nothing."""
         spent, stages = _read_stages(source / "stages.json"), self._stages()
-        missing = {name: spent[name] for name in names if name in spent and name not in stages}
+        new = (name for name in names if name in spent and name not in stages)
+        missing = {name: {"seconds": spent[name]["seconds"]} for name in new}
         if missing:
             write_json(self.file("stages.json"), {**stages, **missing})
 
