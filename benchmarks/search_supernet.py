@@ -1,6 +1,6 @@
 """How many evaluations, and how much time, search needs on a real supernet.
 
-    python benchmarks/search_supernet.py digits                         five minutes on two cores
+    python benchmarks/search_supernet.py digits                         a minute on one core
     python benchmarks/search_supernet.py cifar10 --data FOLDER          twenty minutes on two cores
 
 A net is trained, its supernet after it, as `psenet prune` would; then every method searches the same supernet for the
