@@ -1,7 +1,7 @@
 """How many evaluations, and how much time, search needs on a real supernet.
 
     python benchmarks/search_supernet.py digits                         a minute on one core
-    python benchmarks/search_supernet.py cifar10 --data FOLDER          twenty minutes on two cores
+    python benchmarks/search_supernet.py cifar10 --data FOLDER          twenty minutes on one core
 
 A net is trained, its supernet after it, as `psenet prune` would; then every method searches the same supernet for the
 best net of one budget, with several seeds. *guided* is what `psenet prune` does: prior and predictor from training's

@@ -73,9 +73,17 @@ class RunDirectory:
         """
         with ExitStack() as stack:
             ranks.in_main(lambda: stack.enter_context(alone_in(self.path)))
-            ranks.in_main(lambda: remove_unfinished(self.path))
-            ranks.in_main(self._count_killed)
+            ranks.in_main(self._clear_up)
             yield
+
+    def _clear_up(self) -> None:
+        """Delete what attempts that were killed have left half-written, and add what they have spent."""
+        remove_unfinished(self.path)
+        for name, record in self._stages().items():
+            if "since" in record:
+                files = (path for folder in _WORK for path in (self.path / folder).rglob("*"))
+                last = max((path.stat().st_mtime for path in files), default=0.0)
+                self._add_seconds(name, max(0.0, last - record["since"]))
 
     def file(self, name: str) -> Path:
         """Return the path of a file in the folder, whose parent folder then exists."""
@@ -103,19 +111,14 @@ class RunDirectory:
             if ranks.is_main():
                 self._add_seconds(name, time.perf_counter() - start)
 
-    def _add_seconds(self, name: str, seconds: float, **at_work: float) -> None:
+    def _add_seconds(self, name: str, seconds: float, *, since: float | None = None) -> None:
+        """Add to what a stage has taken; `since` is when an attempt began that is now at work."""
         stages = self._stages()
         before = stages.get(name, {"seconds": 0.0})
-        stages[name] = {"seconds": round(before["seconds"] + seconds, 2), **at_work}
+        stages[name] = {"seconds": round(before["seconds"] + seconds, 2)}
+        if since is not None:
+            stages[name]["since"] = since
         write_json(self.file("stages.json"), stages)
-
-    def _count_killed(self) -> None:
-        """Add what attempts that were killed have spent."""
-        for name, record in self._stages().items():
-            if "since" in record:
-                files = (path for folder in _WORK for path in (self.path / folder).rglob("*"))
-                last = max((path.stat().st_mtime for path in files), default=0.0)
-                self._add_seconds(name, max(0.0, last - record["since"]))
 
     def take_seconds(self, source: Path, names: Sequence[str]) -> None:
         """Take over what another run has spent in some stages, where this one has spent nothing."""

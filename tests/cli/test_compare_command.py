@@ -95,7 +95,7 @@ def test_a_searched_net_that_was_not_kept_is_compared_under_its_name(tmp_path: P
 def test_a_run_that_found_the_uniform_widths_has_two_nets(tmp_path: Path):
     ended = psenet("compare", make_run(tmp_path / "run"), "--data", "digits")
     assert (ended.code, ended.err) == (0, "")
-    assert "95 %" in ended.out and "Bonferroni" not in ended.out
+    assert "95 % interval" in ended.out and "Bonferroni" not in ended.out
     assert ("uniform",) not in _tables(ended.out) and ("pruned", "baseline") in _tables(ended.out)
 
 
