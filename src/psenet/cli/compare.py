@@ -115,11 +115,11 @@ def pairs_table(pairs: "Sequence[Pair]", sample_size: int) -> "Table":
     from psenet.comparison import shown
 
     level = f"{100 * pairs[0].comparison.confidence:.4g} %"
-    title = "differences on the same images, in points of accuracy"
+    title = f"differences on the same images, in points of accuracy, with {level} intervals"
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("net - other net")
-    interval, spread = f"{level} interval", f"samples\nof {sample_size}"
-    for column in ("all\nimages", interval, "only\none\nright", spread, "leads,\nties,\ntrails"):
+    spread = f"samples\nof {sample_size}"
+    for column in ("all\nimages", "interval", "only one\nright", spread, "leads,\nties,\ntrails"):
         table.add_column(column, justify="right", no_wrap=True)
     for pair in pairs:
         found, sampled = pair.comparison, pair.sampled
